@@ -1,0 +1,373 @@
+"""The LLaDA transformer, with a forward pass that recomputes any subset of the positions.
+
+A masked diffusion language model is a transformer without a causal mask: it reads a canvas of
+prompt and [MASK] tokens and predicts a token at every position. `Transformer.forward` recomputes
+the positions it is told to, writes their keys and values into a `KVCache`, and lets them attend to
+every key and value in there. With all positions this is the plain model. Which positions are worth
+recomputing is not decided in this file.
+
+LLaDA: arXiv 2502.09992. Index order is always batch, position, head, channel:
+    B  sequences                       H  query heads
+    T  positions, prompt and response  G  key/value heads (G divides H)
+    Q  positions recomputed, Q <= T    D  channels per head
+    L  layers                          C  residual channels, H * D
+    V  vocabulary
+"""
+
+import json
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # nothing here needs it
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import nn
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAP_ROWS = 256  # rows of the attention map computed at once: bounds memory, changes no value
+
+# Keys of config.json that change what the model computes, and the one value implemented here.
+IMPLEMENTED = {
+    "activation_type": "silu",
+    "alibi": False,
+    "attention_layer_norm": False,
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "clip_qkv": None,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "multi_query_attention": None,
+    "rope": True,
+    "rope_full_precision": True,
+    "rope_scaling": None,
+    "scale_logits": False,
+    "sliding_window": None,
+    "weight_tying": False,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape of the model; every field is the key of the same name in the checkpoint's config.json.
+
+    Raises ValueError for numbers that make no transformer.
+    """
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    mlp_hidden_size: int
+    vocab_size: int
+    embedding_size: int
+    max_sequence_length: int
+    rope_theta: float
+    rms_norm_eps: float
+    mask_token_id: int
+    eos_token_id: int
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            number = isinstance(value, (int, field.type)) and not isinstance(value, bool)
+            least = 0 if field.name.endswith("_id") else 1 if field.type is int else 1e-30
+            if not number or value < least:
+                kind = "a positive number" if least else "a token id, 0 or more"
+                raise ValueError(f"config: {field.name} is {value!r}, should be {kind}")
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(
+                f"config: d_model {self.d_model} should be an even multiple of n_heads {self.n_heads}"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"config: n_heads {self.n_heads} should be a multiple of n_kv_heads {self.n_kv_heads}"
+            )
+        for name in ("vocab_size", "mask_token_id", "eos_token_id"):
+            if getattr(self, name) > self.embedding_size - name.endswith("_id"):
+                raise ValueError(
+                    f"config: {name} {getattr(self, name)} lies outside embedding_size {self.embedding_size}"
+                )
+
+    @property
+    def head_dim(self):
+        return self.d_model // self.n_heads
+
+    @classmethod
+    def from_json(cls, path):
+        """Config of the config.json at `path`.
+
+        Raises ValueError if the file is missing or no JSON object, lacks a field, or asks for
+        something that this file does not implement. Keys that do not change inference are ignored.
+        """
+        values = read_json(path)
+        for key, implemented in IMPLEMENTED.items():
+            value = values.get(key, implemented)
+            if value != implemented and not (value is False and implemented is None):
+                raise ValueError(
+                    f"{path}: {key} is {value!r}, but only {implemented!r} is implemented"
+                )
+        missing = [field.name for field in fields(cls) if field.name not in values]
+        if missing:
+            raise ValueError(f"{path}: missing keys {missing}")
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+class KVCache:
+    """Keys (after RoPE) and values of every layer and position: two (L, B, T, G, D) tensors."""
+
+    def __init__(self, config, batch_size, seq_len, device, dtype):
+        shape = (config.n_layers, batch_size, seq_len, config.n_kv_heads, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    def update(self, layer, positions, k, v):
+        """Write k, v (B, Q, G, D) at positions (B, Q); all keys and values of the layer, 2 x (B, T, G, D)."""
+        sequences = torch.arange(len(positions), device=positions.device)[:, None]
+        self.k[layer][sequences, positions] = k
+        self.v[layer][sequences, positions] = v
+        return self.k[layer], self.v[layer]
+
+
+def rope(positions, config, dtype):
+    """Cosines and sines of the rotary embedding.  (B, Q) -> 2 x (B, Q, 1, D)"""
+    channels = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype)
+    frequencies = 1.0 / config.rope_theta ** (channels / config.head_dim)
+    angles = positions[:, :, None, None] * frequencies  # (B, Q) -> (B, Q, 1, D / 2)
+    angles = torch.cat([angles, angles], dim=-1)  # -> (B, Q, 1, D)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn channel pairs (i, i + D/2) of x (B, Q, heads, D) by their position's angle."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def attend(q, k, v):
+    """Softmax attention of every query over all T positions.  (B, Q, H, D) -> (B, Q, H, D)"""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa).transpose(1, 2)
+
+
+def attention_map(q, k):
+    """The weights inside `attend`, averaged over heads.  (B, Q, H, D), (B, T, G, D) -> (B, Q, T)
+
+    In slices of MAP_ROWS rows: all heads at once would be H * Q * T numbers.
+    """
+    H, G, D = q.shape[2], k.shape[2], q.shape[3]
+    k = k.repeat_interleave(H // G, dim=2).permute(0, 2, 3, 1)  # (B, T, G, D) -> (B, H, D, T)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    slices = []
+    for rows in q.transpose(1, 2).split(MAP_ROWS, dim=2):
+        weights = torch.softmax(rows @ k * D**-0.5, dim=-1, dtype=wide)  # (B, H, rows, T)
+        slices.append(weights.mean(dim=1))
+    return torch.cat(slices, dim=1)
+
+
+class Block(nn.Module):
+    """One layer: attention, then a gated MLP, each on the normalised residual stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, M = config.d_model, config.mlp_hidden_size
+        self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+        kv = config.n_kv_heads * config.head_dim
+        self.attn_norm = nn.RMSNorm(C, config.rms_norm_eps)
+        self.q_proj = nn.Linear(C, C, bias=False)
+        self.k_proj = nn.Linear(C, kv, bias=False)
+        self.v_proj = nn.Linear(C, kv, bias=False)
+        self.attn_out = nn.Linear(C, C, bias=False)
+        self.ff_norm = nn.RMSNorm(C, config.rms_norm_eps)
+        self.ff_proj = nn.Linear(C, M, bias=False)
+        self.up_proj = nn.Linear(C, M, bias=False)
+        self.ff_out = nn.Linear(M, C, bias=False)
+
+    def forward(self, x, cos, sin, remember, return_attention):
+        """x (B, Q, C) -> (B, Q, C), and the attention map (B, Q, T) or None.
+
+        `remember(k, v)` stores the keys and values of these Q positions and gives those of all T.
+        """
+        h = self.attn_norm(x)
+        projections = (self.q_proj(h), self.k_proj(h), self.v_proj(h))
+        q, k, v = (p.unflatten(-1, (n, -1)) for p, n in zip(projections, self.heads))
+        q = rotate(q, cos, sin)  # (B, Q, H, D)
+        k, v = remember(rotate(k, cos, sin), v)  # (B, Q, G, D) -> (B, T, G, D)
+        x = x + self.attn_out(attend(q, k, v).flatten(2))
+        h = self.ff_norm(x)
+        x = x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        return x, attention_map(q, k) if return_attention else None
+
+
+class Transformer(nn.Module):
+    """LLaDA; its parameters carry the checkpoint's names less the prefix "model.transformer."."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.embedding_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ln_f = nn.RMSNorm(config.d_model, config.rms_norm_eps)
+        self.ff_out = nn.Linear(config.d_model, config.embedding_size, bias=False)
+
+    def forward(self, tokens, positions=None, cache=None, return_attention=False):
+        """Logits of the recomputed positions, (B, Q, V); every position if `positions` is None.
+
+        tokens (B, T) and positions (B, Q) are integers; positions may repeat. All Q positions
+        attend to all T: to the values just computed where recomputed, else to the `cache`, which
+        is updated in place. With return_attention, also the head-averaged attention (L, B, Q, T).
+        Raises ValueError if there are positions but no cache, or a cache of another shape.
+        """
+        hidden, maps = self.trunk(tokens, positions, cache, return_attention)
+        logits = self.head(hidden)
+        return (logits, maps) if return_attention else logits
+
+    def trunk(self, tokens, positions=None, cache=None, return_attention=False):
+        """`forward` up to the head: residual stream (B, Q, C), and maps (L, B, Q, T) or None."""
+        B, T = tokens.shape
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device).expand(B, T)
+        elif cache is None:
+            raise ValueError("positions is given but cache is None: the other positions have no keys")
+        if cache is not None and cache.k.shape[1:3] != (B, T):
+            raise ValueError(f"cache holds (B, T) = {tuple(cache.k.shape[1:3])}, tokens are {(B, T)}")
+
+        x = self.wte(tokens.gather(1, positions))  # (B, T) -> (B, Q) -> (B, Q, C)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = rope(positions, self.config, wide)
+        maps = x.new_empty(len(self.blocks), *positions.shape, T, dtype=wide) if return_attention else None
+        for layer, block in enumerate(self.blocks):
+
+            def remember(k, v):
+                return (k, v) if cache is None else cache.update(layer, positions, k, v)
+
+            x, attention = block(x, cos, sin, remember, return_attention)
+            if return_attention:
+                maps[layer] = attention
+        return x, maps
+
+    def head(self, hidden):
+        """Residual stream -> logits.  (B, Q, C) -> (B, Q, V)"""
+        return self.ff_out(self.ln_f(hidden))
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo_id, device="cpu", dtype=None):
+        """The model of a checkpoint folder or hub repository, frozen, read straight onto `device`.
+
+        dtype None keeps the checkpoint's. Raises ValueError, naming file or tensor, if anything in
+        the folder is missing, corrupt, unsupported, or does not fit its config.json.
+        """
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype}, should be None or one of {DTYPES}")
+        folder = checkpoint_folder(path_or_repo_id)
+        with torch.device("meta"):
+            model = cls(Config.from_json(folder / "config.json"))
+        tensors = {
+            name.removeprefix("model.transformer."): tensor
+            for name, tensor in read_tensors(folder, device, dtype)
+        }
+        check_tensors(tensors, model.state_dict(), folder)
+        model.load_state_dict(tensors, strict=True, assign=True)
+        return model.requires_grad_(False)
+
+
+def checkpoint_folder(path_or_repo_id):
+    """The local folder of a checkpoint, downloaded from the hub if it is not one already."""
+    if Path(path_or_repo_id).is_dir():
+        return Path(path_or_repo_id)
+    try:
+        patterns = ["*.json", "*.safetensors"]
+        return Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{str(path_or_repo_id)!r} is no local folder, and the hub does not give it: {reason}"
+        ) from error
+
+
+def read_json(path):
+    """The JSON object in the file at `path`; ValueError if there is none."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no readable JSON file ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: should hold a JSON object, holds {type(values).__name__}")
+    return values
+
+
+def shards(folder):
+    """(file, names of its tensors) of a checkpoint; names None means all of them."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [(single, None)]
+    if not index.exists():
+        raise ValueError(f"{folder}: holds neither {single.name} nor {index.name}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: has no weight_map")
+    names = {}
+    for tensor, file in weight_map.items():
+        # A checkpoint is somebody else's data: it must not make us read outside its folder.
+        if not isinstance(file, str) or file in ("", ".", "..") or set(file) & set("/\\"):
+            raise ValueError(f"{index}: shard {file!r} should be the name of a file beside the index")
+        names.setdefault(file, []).append(tensor)
+    return [(folder / file, names[file]) for file in sorted(names)]
+
+
+def read_tensors(folder, device, dtype):
+    """Yield (name, tensor) of a checkpoint, one by one, on `device` and in `dtype` (None: as stored)."""
+    stored = {}
+    for file, names in shards(folder):
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                for name in tensors.keys() if names is None else names:
+                    tensor = tensors.get_tensor(name)
+                    stored[tensor.dtype] = f"{name} in {file.name}"
+                    if tensor.dtype not in DTYPES:
+                        raise ValueError(f"{file}: dtype {tensor.dtype} of {name} is not supported")
+                    yield name, tensor if dtype is None else tensor.to(dtype)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: missing, truncated or corrupt ({error})") from error
+    if dtype is None and len(stored) > 1:
+        raise ValueError(f"{folder}: mixes dtypes {stored}; pass the dtype to convert them to")
+
+
+def check_tensors(found, expected, folder):
+    """ValueError that lists every tensor missing, unexpected or mis-shaped."""
+    wrong = [f"missing {name}" for name in expected if name not in found]
+    wrong += [f"unexpected {name}" for name in found if name not in expected]
+    wrong += [
+        f"{name} is {tuple(found[name].shape)}, should be {tuple(expected[name].shape)}"
+        for name in expected
+        if name in found and found[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{folder}: the tensors do not fit config.json: " + "; ".join(wrong))
+
+
+def load_tokenizer(path_or_repo_id):
+    """The tokenizer beside a checkpoint; ValueError if there is no readable tokenizer.json."""
+    file = checkpoint_folder(path_or_repo_id) / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        raise ValueError(f"{file}: no readable tokenizer ({error})") from error
+
+
+def chat_prompt(messages):
+    """LLaDA-Instruct's prompt for [{"role": ..., "content": ...}, ...]; the answer comes after it."""
+    turns = [(message["role"], message["content"].strip() + "<|eot_id|>") for message in messages]
+    turns.append(("assistant", ""))
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n{}"
+    return "<|startoftext|>" + "".join(header.format(*turn) for turn in turns)
