@@ -24,7 +24,6 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # nothi
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import nn
@@ -269,6 +268,10 @@ class Transformer(nn.Module):
         """
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype}, should be None or one of {DTYPES}")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device is {str(device)!r}, should be one torch has here: {error}") from error
         folder = checkpoint_folder(path_or_repo_id)
         with torch.device("meta"):
             model = cls(Config.from_json(folder / "config.json"))
@@ -288,7 +291,7 @@ def checkpoint_folder(path_or_repo_id):
     try:
         patterns = ["*.json", "*.safetensors"]
         return Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # the hub's errors are OSErrors or ValueErrors
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"{str(path_or_repo_id)!r} is no local folder, and the hub does not give it: {reason}"

@@ -1,0 +1,141 @@
+"""What the tests draw: shapes of models, canvases, policies. Drawn things print as what they are."""
+
+from dataclasses import dataclass
+
+import torch
+from d2cache import D2Cache, DualCache, PrefixCache, RecomputeAll
+from hypothesis import strategies as st
+from model import Config, Transformer
+
+@dataclass(frozen=True)
+class AnySubset:
+    """A policy without a plan: half of the positions, and the first masked one of the block.
+
+    It looks at its own sequence alone, and at how far that has come, not at the step: so it chooses
+    the same in company, where sequences with few candidates hold up the others.
+    """
+
+    seed: int
+    uses_attention: bool
+
+    def choose(self, state):
+        chosen = torch.zeros_like(state.known)
+        for row, known in enumerate(state.known.tolist()):
+            random = torch.Generator().manual_seed(1000 * self.seed + sum(known))
+            chosen[row] = torch.rand(len(known), generator=random) < 0.5
+            block = range(state.block.start, state.block.stop)
+            chosen[row, next((i for i in block if not known[i]), 0)] = True
+        return chosen
+
+
+# The laws of test_decoding.py hold for every policy in this table. Add yours.
+POLICIES = {
+    "RecomputeAll": st.just(RecomputeAll()),
+    "PrefixCache": st.just(PrefixCache()),
+    "DualCache": st.just(DualCache()),
+    "D2Cache": st.builds(
+        D2Cache,
+        k=st.integers(1, 8),
+        p=st.sampled_from([0.1, 0.5, 0.0, 1.0]),
+        sigma=st.sampled_from([2.0, 0.5, 10.0]),
+    ),
+    "AnySubset": st.builds(AnySubset, seed=st.integers(0, 99), uses_attention=st.booleans()),
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A random model that a failing example can print: sizes and the seed of its weights."""
+
+    n_layers: int
+    n_kv_heads: int
+    queries_per_kv_head: int
+    half_head_dim: int
+    vocab_size: int
+    seed: int
+    dtype: torch.dtype = torch.float64
+
+    def config(self):
+        n_heads = self.n_kv_heads * self.queries_per_kv_head
+        return Config(
+            d_model=n_heads * 2 * self.half_head_dim,
+            n_layers=self.n_layers,
+            n_heads=n_heads,
+            n_kv_heads=self.n_kv_heads,
+            mlp_hidden_size=12,
+            vocab_size=self.vocab_size,
+            embedding_size=self.vocab_size,
+            max_sequence_length=64,
+            rope_theta=100.0,  # small, so that a dozen positions already turn far apart
+            rms_norm_eps=1e-5,
+            mask_token_id=self.vocab_size // 2,
+            eos_token_id=0,
+        )
+
+    def build(self):
+        """Weights of such a size that attention is sharp and the arg-max depends on the context."""
+        model = Transformer(self.config()).double().requires_grad_(False)
+        random = torch.Generator().manual_seed(self.seed)
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=random, dtype=torch.float64)
+            if weight.dim() == 1:
+                weight.copy_(1 + 0.3 * noise)
+            elif name == "wte.weight":
+                weight.copy_(noise)
+            else:
+                weight.copy_(1.5 * noise / weight.shape[1] ** 0.5)
+        return model.to(self.dtype)
+
+
+def model_specs(dtypes=(torch.float64,)):
+    return st.builds(
+        ModelSpec,
+        n_layers=st.integers(1, 3),
+        n_kv_heads=st.integers(1, 2),
+        queries_per_kv_head=st.integers(1, 2),
+        half_head_dim=st.integers(1, 4),
+        vocab_size=st.integers(4, 12),
+        seed=st.integers(0, 2**16),
+        dtype=st.sampled_from(dtypes),
+    )
+
+
+@st.composite
+def token_rows(draw, config, batch_size, length):
+    """batch_size lists of `length` token ids; any id may occur, that of [MASK] too."""
+    row = st.lists(st.integers(0, config.vocab_size - 1), min_size=length, max_size=length)
+    return draw(st.lists(row, min_size=batch_size, max_size=batch_size))
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One call of `generate`, without its model: prompts and arguments."""
+
+    prompts: list
+    gen_length: int
+    block_length: int | None
+    tokens_per_step: int
+    sigma: float | None
+
+    def arguments(self):
+        names = ("gen_length", "block_length", "tokens_per_step", "sigma")
+        return {name: getattr(self, name) for name in names}
+
+
+@st.composite
+def decodes(draw, config, most_sequences=3):
+    """Prompts of 1 to 5 tokens, 1 to 3 blocks of 1 to 5 tokens (or no blocks), any step size.
+
+    A prompt may hold [MASK], but not first: on a canvas of masks alone all positions are equal, and
+    round-off would choose among them.
+    """
+    B, P = draw(st.integers(1, most_sequences)), draw(st.integers(1, 5))
+    rows = draw(token_rows(config, B, P))
+    blocks, block_length = draw(st.sampled_from([2, 1, 3])), draw(st.sampled_from([4, 3, 5, 2, 1]))
+    return Decode(
+        prompts=[[0 if row[0] == config.mask_token_id else row[0], *row[1:]] for row in rows],
+        gen_length=blocks * block_length,
+        block_length=draw(st.sampled_from([block_length, None])),
+        tokens_per_step=draw(st.sampled_from([1, 2, 3])),
+        sigma=draw(st.sampled_from([None, 2.0, 0.5, 10.0])),
+    )

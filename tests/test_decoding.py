@@ -1,0 +1,231 @@
+"""`generate` with every policy against vanilla decoding and against the oracle's decoder."""
+
+import pytest
+import torch
+from d2cache import D2Cache, RecomputeAll, State, generate
+from hypothesis import given
+from hypothesis import strategies as st
+
+import oracle
+from strategies import POLICIES, ModelSpec, decodes, model_specs, token_rows
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+EVERY_POLICY = pytest.mark.parametrize("name", POLICIES)
+SPEC = ModelSpec(n_layers=2, n_kv_heads=2, queries_per_kv_head=2, half_head_dim=4, vocab_size=12, seed=3)
+
+
+def prompts(rows):
+    return torch.tensor(rows, dtype=torch.long).reshape(len(rows), -1)
+
+
+def recorded(model, drawn, policy):
+    """The tokens of a decode, and the (state, chosen) of each of its steps."""
+    steps = []
+    observe = lambda state, chosen: steps.append((state, chosen))  # noqa: E731
+    tokens = generate(model, prompts(drawn.prompts), policy=policy, on_step=observe, **drawn.arguments())
+    return tokens, steps
+
+
+@given(model_specs(DTYPES), st.data(), st.sampled_from([0.5, 10.0]))
+def test_d2cache_with_full_refresh_is_vanilla_bit_for_bit(spec, data, sigma):
+    """The headline: k >= T and p = 1 change no bit of any token or confidence, at any step."""
+    model = spec.build()
+    drawn = data.draw(decodes(model.config))
+    T = len(drawn.prompts[0]) + drawn.gen_length
+    vanilla, vanilla_steps = recorded(model, drawn, RecomputeAll())
+    refreshed, refreshed_steps = recorded(model, drawn, D2Cache(k=T, p=1, sigma=sigma))
+    assert torch.equal(refreshed, vanilla)
+    assert len(refreshed_steps) == len(vanilla_steps)
+    for (ours, _), (theirs, _) in zip(refreshed_steps, vanilla_steps):
+        assert torch.equal(ours.confidence, theirs.confidence)
+
+
+@EVERY_POLICY
+@given(spec=model_specs(), data=st.data())
+def test_every_policy_decodes_like_the_oracle_with_the_same_policy(name, spec, data):
+    model, policy = spec.build(), data.draw(POLICIES[name])
+    drawn = data.draw(decodes(model.config, most_sequences=2))
+    tokens, steps = recorded(model, drawn, policy)
+    for b, prompt in enumerate(drawn.prompts):
+        expected, history = oracle.decode(model, State, prompt, policy=policy, **drawn.arguments())
+        assert tokens[b].tolist() == expected
+        if len(drawn.prompts) == 1:
+            assert len(steps) == len(history)
+            for (state, _), (confidence, influence) in zip(steps, history):
+                torch.testing.assert_close(state.confidence[b].tolist(), confidence, rtol=1e-8, atol=1e-8)
+                torch.testing.assert_close(state.influence[b].tolist(), influence, rtol=1e-8, atol=1e-8)
+
+
+@EVERY_POLICY
+@given(spec=model_specs(), data=st.data())
+def test_a_sequence_decodes_the_same_alone_as_in_company(name, spec, data):
+    model, policy = spec.build(), data.draw(POLICIES[name])
+    drawn = data.draw(decodes(model.config, most_sequences=4))
+    together = generate(model, prompts(drawn.prompts), policy=policy, **drawn.arguments())
+    for b, prompt in enumerate(drawn.prompts):
+        alone = generate(model, prompts([prompt]), policy=policy, **drawn.arguments())
+        assert torch.equal(alone[0], together[b])
+
+
+@EVERY_POLICY
+@given(spec=model_specs(), data=st.data())
+def test_a_step_commits_only_recomputed_masked_positions_of_the_block(name, spec, data):
+    model, policy = spec.build(), data.draw(POLICIES[name])
+    drawn = data.draw(decodes(model.config))
+    _, steps = recorded(model, drawn, policy)
+    P = len(drawn.prompts[0])
+    known = torch.arange(P + drawn.gen_length).expand(len(drawn.prompts), -1) < P
+    for number, (state, chosen) in enumerate(steps, 1):
+        commit = state.known & ~known
+        assert not (known & ~state.known).any()
+        assert not (commit & ~chosen).any()
+        assert not commit[:, : state.block.start].any() and not commit[:, state.block.stop :].any()
+        assert commit.sum(dim=1).max() <= drawn.tokens_per_step
+        assert state.step == number
+        known = state.known
+    assert known.all()
+
+
+@EVERY_POLICY
+@given(spec=model_specs(), data=st.data())
+def test_prompts_are_left_alone_and_mask_is_never_predicted(name, spec, data):
+    """Also where a prompt holds [MASK]: known by place, not by token id."""
+    model, policy = spec.build(), data.draw(POLICIES[name])
+    mask = model.config.mask_token_id
+    model.ln_f.weight.mul_(3)
+    model.ff_out.weight[mask] = 2 * model.ff_out.weight[(mask + 1) % model.config.vocab_size]
+    drawn = data.draw(decodes(model.config))
+    tokens, P = generate(model, prompts(drawn.prompts), policy=policy, **drawn.arguments()), len(drawn.prompts[0])
+    assert tokens[:, :P].tolist() == drawn.prompts
+    assert not (tokens[:, P:] == mask).any()
+
+
+@st.composite
+def states(draw):
+    """Any canvas with an unfinished block in every sequence, reachable or not."""
+    P, block_length, blocks = draw(st.integers(0, 5)), draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    B, T = draw(st.integers(1, 3)), P + block_length * blocks
+    start = P + block_length * draw(st.integers(0, blocks - 1))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    known = torch.rand(B, T, generator=random) < 0.5
+    known[:, :P] = True
+    known[:, start + draw(st.integers(0, block_length - 1))] = False
+    fresh = known & (torch.rand(B, T, generator=random) < 0.2)
+    fresh[:, :P] = False
+    confidence, influence = torch.rand(2, B, T, generator=random, dtype=torch.float64)
+    tokens = torch.zeros(B, T, dtype=torch.long)
+    return State(tokens, known, fresh, confidence, influence, slice(start, start + block_length), step=3)
+
+
+@EVERY_POLICY
+@given(state=states(), data=st.data())
+def test_policies_keep_their_contract_on_any_state(name, state, data):
+    policy = data.draw(POLICIES[name])
+    before = [tensor.clone() for tensor in vars(state).values() if torch.is_tensor(tensor)]
+    chosen = policy.choose(state)
+    assert chosen.dtype == torch.bool and chosen.shape == state.known.shape
+    assert (chosen & ~state.known)[:, state.block].any(dim=1).all()
+    after = [tensor for tensor in vars(state).values() if torch.is_tensor(tensor)]
+    assert all(torch.equal(x, y) for x, y in zip(before, after))
+
+
+@given(states(), st.integers(1, 20), st.sampled_from([0.0, 0.1, 0.6, 1.0]), st.sampled_from([0.5, 4.0]))
+def test_d2cache_chooses_candidates_nucleus_and_fresh_positions(state, k, p, sigma):
+    chosen = D2Cache(k, p, sigma).choose(state)
+    for b, known in enumerate(state.known.tolist()):
+        prior = [c * d for c, d in zip(state.confidence[b].tolist(), oracle.density(known, sigma))]
+        outside = lambda i: not state.block.start <= i < state.block.stop  # noqa: E731
+        masked = [i for i in range(len(known)) if not known[i]]
+        candidates = sorted(masked, key=lambda i: (outside(i), -prior[i], i))[:k]
+        attended = oracle.nucleus(state.influence[b].tolist(), p, known)
+        fresh = [i for i in range(len(known)) if state.fresh[b, i]]
+        assert {i for i in range(len(known)) if chosen[b, i]} == {*candidates, *attended, *fresh}
+
+
+class Lazy:
+    """A policy that breaks its contract."""
+
+    uses_attention = False
+
+    def __init__(self, choose):
+        self.choose = choose
+
+
+BREACHES = {
+    "nothing": lambda state: torch.zeros_like(state.known),
+    "known positions only": lambda state: state.known,
+    "nothing for one sequence": lambda state: torch.ones_like(state.known) & torch.tensor([[True], [False]]),
+    "masked positions of another block": lambda state: torch.arange(7) >= 5 | torch.zeros_like(state.known),
+    "positions instead of booleans": lambda state: torch.tensor([[3], [3]]),
+    "one sequence only": lambda state: torch.ones_like(state.known)[:1],
+}
+
+
+@pytest.mark.parametrize("breach", BREACHES)
+def test_a_policy_that_breaks_its_contract_is_named(breach):
+    with pytest.raises(ValueError, match="policy Lazy chose"):
+        generate(SPEC.build(), prompts([[1, 2, 3]] * 2), 4, block_length=2, policy=Lazy(BREACHES[breach]))
+
+
+BAD_ARGUMENTS = [
+    (dict(gen_length=0), "gen_length is 0"),
+    (dict(gen_length=-4), "gen_length is -4"),
+    (dict(tokens_per_step=0), "tokens_per_step is 0"),
+    (dict(block_length=3), "block_length is 3, should divide gen_length 4"),
+    (dict(block_length=0), "block_length is 0"),
+    (dict(block_length=8), "block_length is 8"),
+    (dict(sigma=0), "sigma is 0"),
+    (dict(sigma=-1.0), "sigma is -1.0"),
+    (dict(sigma=float("nan")), "sigma is nan"),
+    (dict(prompt=torch.tensor([1, 2])), r"prompt is \(2,\)"),
+    (dict(prompt=torch.tensor([[1.0, 2.0]])), "torch.float32"),
+    (dict(prompt=torch.tensor([[True]])), "torch.bool"),
+    (dict(prompt=torch.zeros(0, 3, dtype=torch.long)), r"\(0, 3\)"),
+    (dict(prompt=torch.tensor([[1, 12]])), "ids 1 to 12, should be 0 to 11"),
+    (dict(prompt=torch.tensor([[-1, 2]])), "ids -1 to 2"),
+    (dict(prompt=torch.ones(1, 61, dtype=torch.long)), r"61 \+ 4 positions.*64"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD_ARGUMENTS)
+def test_bad_arguments_are_named_with_their_value(arguments, message):
+    good = dict(prompt=torch.tensor([[1, 2]]), gen_length=4)
+    with pytest.raises(ValueError, match=message):
+        generate(SPEC.build(), **(good | arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(k=0), "k is 0"),
+        (dict(p=-0.1), "p is -0.1"),
+        (dict(p=1.5), "p is 1.5"),
+        (dict(p=float("nan")), "p is nan"),
+        (dict(sigma=0.0), "sigma is 0.0"),
+        (dict(sigma=float("nan")), "sigma is nan"),
+    ],
+)
+def test_bad_settings_of_d2cache_are_named_with_their_value(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        D2Cache(**arguments)
+
+
+def test_an_empty_prompt_decodes():
+    tokens = generate(SPEC.build(), torch.zeros(1, 0, dtype=torch.long), 4, policy=D2Cache(k=2))
+    assert tokens.shape == (1, 4) and not (tokens == SPEC.config().mask_token_id).any()
+
+
+def test_any_integer_type_of_prompt_decodes_the_same():
+    model, prompt = SPEC.build(), torch.tensor([[1, 2, 3]])
+    expected = generate(model, prompt, 4)
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        assert torch.equal(generate(model, prompt.to(dtype), 4), expected)
+
+
+@given(model_specs(), st.data())
+def test_inputs_are_not_written_to(spec, data):
+    model = spec.build()
+    prompt = torch.tensor(data.draw(token_rows(model.config, 2, 4)))
+    before = prompt.clone()
+    generate(model, prompt, 4, policy=D2Cache(k=2))
+    assert torch.equal(prompt, before)

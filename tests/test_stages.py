@@ -1,0 +1,153 @@
+"""The stage functions of d2cache.py against the oracle's double loops, and the laws they obey."""
+
+import pytest
+import torch
+from d2cache import attention_rollout, best, certainty_density, certainty_prior, nucleus, pack, predict
+from hypothesis import given
+from hypothesis import strategies as st
+
+import oracle
+
+SIGMAS = st.floats(0.05, 100)
+SHARES = st.floats(0, 1)
+
+
+@st.composite
+def bool_rows(draw, batch_size=None, length=None):
+    B = batch_size or draw(st.integers(1, 3))
+    T = length or draw(st.integers(1, 40))
+    row = st.lists(st.booleans(), min_size=T, max_size=T)
+    return draw(st.lists(row, min_size=B, max_size=B))
+
+
+@st.composite
+def scores_and_candidates(draw):
+    """Scores with many ties and zeros, and which positions are `among`."""
+    among = draw(bool_rows(length=draw(st.integers(1, 12))))
+    value = st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0]) | st.floats(0, 4, width=32)
+    row = st.lists(value, min_size=len(among[0]), max_size=len(among[0]))
+    return draw(st.lists(row, min_size=len(among), max_size=len(among))), among
+
+
+@given(bool_rows(), SIGMAS)
+def test_density_is_the_double_sum(known, sigma):
+    density = certainty_density(torch.tensor(known), sigma, torch.float64)
+    expected = [oracle.density(row, sigma) for row in known]
+    torch.testing.assert_close(density, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+
+@given(bool_rows(), SIGMAS)
+def test_density_is_a_share(known, sigma):
+    density = certainty_density(torch.tensor(known), sigma)
+    assert density.min() >= 0 and density.max() <= 1
+
+
+@given(bool_rows(), SIGMAS, st.data())
+def test_density_grows_with_every_known_position(known, sigma, data):
+    position = data.draw(st.integers(0, len(known[0]) - 1))
+    known = torch.tensor(known)
+    more = known.clone()
+    more[:, position] = True
+    assert (certainty_density(more, sigma) >= certainty_density(known, sigma)).all()
+
+
+def test_density_is_highest_beside_what_is_known():
+    density = certainty_density(torch.tensor([[True] * 4 + [False] * 8]), sigma=3.0)[0]
+    assert (density[4:].diff() < 0).all()
+
+
+@given(bool_rows(), SIGMAS)
+def test_prior_is_confidence_times_density(known, sigma):
+    known = torch.tensor(known)
+    confidence = torch.rand(known.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = confidence * certainty_density(known, sigma, torch.float64)
+    assert torch.equal(certainty_prior(confidence, known, sigma), expected)
+
+
+@st.composite
+def rollouts(draw):
+    """maps (L, B, Q, T) of random attention, distinct positions (B, Q), and which of them are valid."""
+    L, B, T = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    Q = draw(st.integers(1, T))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    maps = torch.softmax(3 * torch.randn(L, B, Q, T, generator=random, dtype=torch.float64), dim=-1)
+    positions = torch.stack([torch.randperm(T, generator=random)[:Q] for _ in range(B)])
+    n_valid = torch.tensor(draw(st.lists(st.integers(1, Q), min_size=B, max_size=B)))
+    valid = torch.arange(Q) < n_valid[:, None]
+    return maps, torch.where(valid, positions, positions[:, :1]), valid
+
+
+@given(rollouts())
+def test_rollout_is_the_product_of_T_by_T_matrices(drawn):
+    maps, positions, valid = drawn
+    influence = attention_rollout(maps, positions, valid)
+    for b in range(maps.shape[1]):
+        slots = [(q, positions[b, q].item()) for q in range(maps.shape[2]) if valid[b, q]]
+        layers = [{position: layer[b, q] for q, position in slots} for layer in maps]
+        expected = oracle.rollout(layers, maps.shape[3])
+        torch.testing.assert_close(influence[b], expected, rtol=1e-9, atol=1e-9)
+
+
+@given(rollouts(), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+def test_rollout_neither_makes_nor_loses_influence(drawn, dtype):
+    """Also when rounding keeps the rows of a map from summing to one."""
+    maps, positions, valid = drawn
+    influence = attention_rollout(maps.to(dtype), positions, valid)
+    T = torch.full((maps.shape[1],), float(maps.shape[3]), dtype=influence.dtype)
+    torch.testing.assert_close(influence.sum(dim=1), T, rtol=1e-5, atol=1e-5)
+    assert influence.dtype in (torch.float32, torch.float64)
+
+
+@given(scores_and_candidates(), SHARES | st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+def test_nucleus_is_the_smallest_set_whose_share_exceeds_p(drawn, p):
+    scores, among = drawn
+    chosen = nucleus(torch.tensor(scores, dtype=torch.float64), p, torch.tensor(among))
+    for row, row_scores, row_among in zip(chosen.tolist(), scores, among):
+        assert {i for i, inside in enumerate(row) if inside} == oracle.nucleus(row_scores, p, row_among)
+
+
+@given(scores_and_candidates())
+def test_nucleus_of_zero_is_one_and_of_one_is_all(drawn):
+    scores, among = torch.tensor(drawn[0]), torch.tensor(drawn[1])
+    assert torch.equal(nucleus(scores, 0, among).sum(dim=1), among.any(dim=1).long())
+    assert torch.equal(nucleus(scores, 1, among), among)
+
+
+@given(scores_and_candidates(), SHARES, SHARES)
+def test_nucleus_grows_with_p(drawn, p, other):
+    scores, among = torch.tensor(drawn[0]), torch.tensor(drawn[1])
+    smaller, larger = nucleus(scores, min(p, other), among), nucleus(scores, max(p, other), among)
+    assert not (smaller & ~larger).any()
+
+
+@given(scores_and_candidates(), st.data())
+def test_best_is_the_head_of_the_sorted_candidates(drawn, data):
+    scores, among = drawn
+    each = data.draw(st.lists(st.integers(0, 14), min_size=len(scores), max_size=len(scores)))
+    chosen = best(torch.tensor(scores), torch.tensor(among), torch.tensor(each)[:, None])
+    for row, row_scores, row_among, n in zip(chosen.tolist(), scores, among, each):
+        ranked = sorted((i for i, a in enumerate(row_among) if a), key=lambda i: (-row_scores[i], i))
+        assert [i for i, inside in enumerate(row) if inside] == sorted(ranked[:n])
+
+
+@given(bool_rows(), st.data())
+def test_pack_lists_the_chosen_the_masked_first_and_repeats_only_to_fill(chosen, data):
+    chosen = torch.tensor(chosen)
+    chosen[:, data.draw(st.integers(0, chosen.shape[1] - 1))] = True
+    masked = chosen & torch.tensor(data.draw(bool_rows(*chosen.shape)))
+    Q = int(chosen.sum(dim=1).max())
+    positions, valid = pack(chosen, masked, Q)
+    for b in range(len(chosen)):
+        first = [i for i in range(chosen.shape[1]) if masked[b, i]]
+        then = [i for i in range(chosen.shape[1]) if chosen[b, i] and not masked[b, i]]
+        listed, n = first + then, len(first + then)
+        assert positions[b].tolist() == listed + listed[:1] * (Q - n)
+        assert valid[b].tolist() == [True] * n + [False] * (Q - n)
+
+
+@pytest.mark.parametrize("lead", [0.0, 5.0, 1e4])
+def test_mask_is_never_predicted_however_the_model_likes_it(lead):
+    logits = torch.tensor([[[1.0, 2.0 + lead, 1.5]]])
+    confidence, token = predict(logits, mask_token_id=1)
+    assert token.item() == 2
+    assert confidence.item() == torch.softmax(logits, dim=-1)[0, 0, 2].item()

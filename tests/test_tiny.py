@@ -1,0 +1,106 @@
+"""The embedded model and its word problems: what they promise, checked on problems of the test seed."""
+
+import itertools
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from bench import final_number, read_problems
+from d2cache import D2Cache, EMBEDDED_MODEL, decode_response, encode_prompt, generate, settings
+from hypothesis import given
+from hypothesis import strategies as st
+from model import Transformer, load_tokenizer
+
+from tiny.problems import (
+    RESPONSE_LENGTH,
+    SPECIAL_TOKENS,
+    TEST_GROUP,
+    TEST_PROBLEMS,
+    TEST_SEED,
+    TRAIN_SEED,
+    grouped_problems,
+    make_tokenizer,
+    problem,
+    vocabulary,
+)
+
+PROBLEMS = read_problems(EMBEDDED_MODEL / "problems.jsonl", TEST_PROBLEMS)
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return Transformer.from_pretrained(EMBEDDED_MODEL), load_tokenizer(EMBEDDED_MODEL)
+
+
+def solve(embedded, problems, arguments):
+    """The responses' texts; neighbours with equally long prompts as one batch, as problems.jsonl has them."""
+    model, tokenizer = embedded
+    prompts, texts = [encode_prompt(tokenizer, question) for question, _ in problems], []
+    for _, batch in itertools.groupby(prompts, key=lambda prompt: prompt.shape[1]):
+        batch = torch.cat(list(batch))
+        for tokens in generate(model, batch, RESPONSE_LENGTH, **arguments).tolist():
+            texts.append(decode_response(tokenizer, tokens[batch.shape[1] :], model.config.eos_token_id))
+    return texts
+
+
+def test_held_out_problems_are_those_of_the_test_seed():
+    assert PROBLEMS == grouped_problems(random.Random(TEST_SEED), TEST_PROBLEMS, TEST_GROUP)
+    assert TEST_SEED != TRAIN_SEED
+    assert len(set(PROBLEMS)) == TEST_PROBLEMS
+
+
+@given(st.integers(0, 2**32), st.sampled_from([(1, 2), (2, 3), (3, 5)]))
+def test_answers_follow_from_their_questions(seed, events):
+    question, answer = problem(random.Random(seed), *events)
+    count = int(re.search(r"has (\d+)", question).group(1))
+    for verb, amount in re.findall(r"On \w+ \w+ (\w+) (?:away )?(\d+)", question):
+        count += int(amount) if verb in ("buys", "finds", "gets", "wins") else -int(amount)
+    assert answer.endswith(f"#### {count}") and 10 <= count <= 99
+
+
+@given(st.integers(0, 2**32))
+def test_tokenizer_reads_every_problem_and_gives_it_back(seed):
+    tokenizer = make_tokenizer()
+    for text in problem(random.Random(seed)):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert min(ids) >= len(SPECIAL_TOKENS) and tokenizer.decode(ids) == " " + text
+
+
+def test_checkpoint_fits_the_problems(embedded):
+    model, tokenizer = embedded
+    assert tokenizer.to_str() == make_tokenizer().to_str()
+    assert model.config.vocab_size == len(vocabulary()) == tokenizer.get_vocab_size()
+    assert vocabulary()[model.config.mask_token_id] == "[MASK]"
+    assert vocabulary()[model.config.eos_token_id] == "<eos>"
+    assert (EMBEDDED_MODEL / "model.safetensors").stat().st_size <= 4_000_000
+
+
+def test_vanilla_decoding_solves_nine_of_ten_problems(embedded):
+    texts = solve(embedded, PROBLEMS[:80], {})
+    right = [final_number(text) == final_number(answer) for text, (_, answer) in zip(texts, PROBLEMS)]
+    assert sum(right) >= 0.9 * len(right)
+
+
+def test_d2cache_solves_as_many_with_a_fifth_of_the_work(embedded):
+    arguments, shares = settings(RESPONSE_LENGTH)["d2cache"], []
+    observe = lambda state, chosen: shares.append(chosen.float().mean().item())  # noqa: E731
+    texts = solve(embedded, PROBLEMS[:40], arguments | {"on_step": observe})
+    right = [final_number(text) == final_number(answer) for text, (_, answer) in zip(texts, PROBLEMS)]
+    assert sum(right) >= 0.85 * len(right)
+    assert sum(shares) / len(shares) < 0.2
+
+
+def test_full_refresh_is_vanilla_on_the_trained_model_too(embedded):
+    everything = {"policy": D2Cache(k=512, p=1)}
+    assert solve(embedded, PROBLEMS[:8], everything) == solve(embedded, PROBLEMS[:8], {})
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [("so 3 + 4 = 7 #### 7", "7"), ("#### 1,234 apples", "1234"), ("It is -2.5.", "-2.5"), ("####", None), ("", None)],
+)
+def test_final_number_is_behind_the_mark_or_else_last(text, number):
+    assert final_number(text) == number
