@@ -6,20 +6,6 @@ cost the same and replace one stage of d2Cache by chance. Speed: random weights 
 the device. With --model, a real checkpoint instead of both.
 """
 
-from d2cache import (  # first: it quiets torch's import
-    EMBEDDED_MODEL,
-    EXAMPLE,
-    D2Cache,
-    attention_rollout,
-    best,
-    certainty_prior,
-    decode_response,
-    encode_prompt,
-    generate,
-    settings,
-)
-from model import Config, Transformer, load_tokenizer
-
 import argparse
 import itertools
 import json
@@ -28,7 +14,11 @@ import statistics
 import time
 from pathlib import Path
 
-import torch
+from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, attention_rollout, best, certainty_prior
+from d2cache import generate, settings
+from model import Config, Transformer, decode_response, encode_prompt, load_tokenizer
+
+import torch  # after model, which keeps its import quiet
 from huggingface_hub.utils import tqdm
 
 RUNS, LONG_RUN = 3, 5.0  # the median of so many decodes; of one if it takes longer (seconds)
@@ -63,9 +53,6 @@ LLADA_8B_SHAPE = Config(
     eos_token_id=126081,
 )
 LLADA_8B_BYTES = 20e9  # 16 GB of weights, and the cache and the first step's maps beside them
-
-
-# ---- Quality ---------------------------------------------------------------------------------------
 
 
 class RandomStage1(D2Cache):
@@ -112,7 +99,8 @@ def read_problems(path, n):
             problem = json.loads(line)
             question, answer = problem["question"], problem["answer"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}, line {number}: should be {{"question": ..., "answer": ...}}') from error
+            shape = '{"question": ..., "answer": ...}'
+            raise ValueError(f"{path}, line {number}: should be {shape}") from error
         if final_number(answer) is None:
             raise ValueError(f"{path}, line {number}: the answer {answer!r} ends in no number")
         problems.append((question, answer))
@@ -122,7 +110,7 @@ def read_problems(path, n):
 
 
 def final_number(text):
-    """The number after "####", GSM8K's mark of the answer, or the last one without it; None if none."""
+    """The number after "####", GSM8K's mark of the answer, else the last one; None without any."""
     before, mark, after = text.partition("####")
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", after if mark else before)
     return numbers[0 if mark else -1].replace(",", "") if numbers else None
@@ -140,8 +128,8 @@ def solve(model, tokenizer, questions, gen_length, arguments, progress):
         tokens = generate(
             model, batch, gen_length, on_step=lambda _, now: chosen.append(now), **arguments
         )
-        responses = tokens[:, batch.shape[1] :].tolist()
-        texts += [decode_response(tokenizer, ids, model.config.eos_token_id) for ids in responses]
+        responses = tokens[:, batch.shape[1] :]
+        texts += [decode_response(tokenizer, row, model.config.eos_token_id) for row in responses]
         forwards += len(chosen) * len(batch)
         shares += torch.stack(chosen).float().mean(dim=(0, 2)).tolist()
         progress.update(len(batch))
@@ -149,7 +137,7 @@ def solve(model, tokenizer, questions, gen_length, arguments, progress):
 
 
 def measure_quality(model, tokenizer, problems, gen_length):
-    """The quality table: a list of rows, each a dict by column; and d2Cache's answer to the first."""
+    """Rows of the quality table, dicts by column; and d2Cache's answer to the first problem."""
     questions, answers = zip(*problems)
     numbers = [final_number(answer) for answer in answers]
     rows, exact, sample = [], {}, None
@@ -157,7 +145,9 @@ def measure_quality(model, tokenizer, problems, gen_length):
     with tqdm(total=len(plan) * len(problems), desc="quality", unit="decode") as progress:
         for name, arguments in plan:
             torch.manual_seed(0)
-            texts, forwards, share = solve(model, tokenizer, questions, gen_length, arguments, progress)
+            texts, forwards, share = solve(
+                model, tokenizer, questions, gen_length, arguments, progress
+            )
             order = arguments.get("block_length"), arguments.get("sigma")
             reference = exact.setdefault(order, texts)  # vanilla comes first in every order
             right = [final_number(text) == number for text, number in zip(texts, numbers)]
@@ -167,7 +157,7 @@ def measure_quality(model, tokenizer, problems, gen_length):
                 {
                     "policy": name,
                     "exact match": f"{statistics.mean(right):.1%}",
-                    "same text": "reference" if reference is texts else f"{statistics.mean(same):.1%}",
+                    "same text": "exact" if reference is texts else f"{statistics.mean(same):.1%}",
                     "forwards": f"{forwards:.0f}",
                     "recomputed": f"{share:.1%}",
                 }
@@ -175,11 +165,8 @@ def measure_quality(model, tokenizer, problems, gen_length):
     return rows, sample
 
 
-# ---- Speed -----------------------------------------------------------------------------------------
-
-
 def random_model(config, device, dtype):
-    """Random weights under which attention is neither uniform nor one-hot, and the residual is level."""
+    """A model of random weights under which attention is neither uniform nor one-hot."""
     with torch.device("meta"):
         model = Transformer(config)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)
@@ -202,7 +189,9 @@ def run_once(model, prompt, gen_length, arguments):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    generate(model, prompt, gen_length, on_step=lambda _, now: chosen.append(now), **arguments).cpu()
+    generate(
+        model, prompt, gen_length, on_step=lambda _, now: chosen.append(now), **arguments
+    ).cpu()
     return time.perf_counter() - start, chosen
 
 
@@ -260,9 +249,6 @@ def measure_selection(model, prompt, gen_length):
     return statistics.median(times)
 
 
-# ---- The report ------------------------------------------------------------------------------------
-
-
 def print_table(rows):
     """Aligned columns: the first one left, the numbers right."""
     table = [list(rows[0])] + [list(row.values()) for row in rows]
@@ -274,7 +260,11 @@ def print_table(rows):
 def describe(model, device):
     """Size, precision and device, for a table's header."""
     parameters = sum(weight.numel() for weight in model.parameters()) / 1e6
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if device.startswith("cuda")
+        else f"{torch.get_num_threads()} threads"
+    )
     dtype = str(model.wte.weight.dtype).removeprefix("torch.")
     return f"{parameters:,.1f} M parameters, {dtype}; {device} ({name}), torch {torch.__version__}"
 
@@ -318,8 +308,13 @@ def speed_model(device, prompt_length, gen_length):
     config, dtype = (LLADA_8B_SHAPE, torch.bfloat16) if fits else (CPU_SHAPE, torch.float32)
     name = f"random weights, {config.n_layers} layers of {config.d_model}"
     if gpu and not fits:
-        name += f" (LLaDA-8B's shape needs {LLADA_8B_BYTES / 1e9:.0f} GB of GPU memory, there is less)"
-    prompt_length, gen_length = prompt_length or (896 if fits else 384), gen_length or (256 if fits else 64)
+        name += (
+            f" (LLaDA-8B's shape needs {LLADA_8B_BYTES / 1e9:.0f} GB of GPU memory, there is less)"
+        )
+    prompt_length, gen_length = (
+        prompt_length or (896 if fits else 384),
+        gen_length or (256 if fits else 64),
+    )
     random = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, config.eos_token_id, (1, prompt_length), generator=random)
     return name, random_model(config, device, dtype), prompt.to(device), gen_length
@@ -331,7 +326,9 @@ def run(args):
         raise ValueError(f"--json {args.json}: there is no such folder")
     for flag in ("problems", "prompt_length", "gen_length"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}, should be at least 1")
+            raise ValueError(
+                f"--{flag.replace('_', '-')} is {getattr(args, flag)}, should be at least 1"
+            )
     report, path = {}, args.model or EMBEDDED_MODEL.relative_to(Path(__file__).parent)
     source = args.model or EMBEDDED_MODEL
     tokenizer, model = load_tokenizer(source), Transformer.from_pretrained(source, args.device)
@@ -343,7 +340,7 @@ def run(args):
         prompt = encode_prompt(tokenizer, args.prompt).to(args.device)
         gen_length = args.gen_length or 256
         tokens = generate(model, prompt, gen_length, **settings(gen_length)["d2cache"])
-        response = tokens[0, prompt.shape[1] :].tolist()
+        response = tokens[0, prompt.shape[1] :]
         print(f"A prompt    {args.prompt}")
         print(f"d2Cache     {decode_response(tokenizer, response, model.config.eos_token_id)}")
         speed = (path, model, prompt, gen_length)
@@ -356,9 +353,15 @@ def run(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--model", help="checkpoint folder or hub repository instead of the embedded model")
-    parser.add_argument("--prompt", default=EXAMPLE, help="with --model: the text to decode and to time")
-    parser.add_argument("--data", help='JSON lines {"question", "answer"} to score; answers end in #### n')
+    parser.add_argument(
+        "--model", help="checkpoint folder or hub repository instead of the embedded model"
+    )
+    parser.add_argument(
+        "--prompt", default=EXAMPLE, help="with --model: the text to decode and to time"
+    )
+    parser.add_argument(
+        "--data", help='JSON lines {"question", "answer"} to score; answers end in #### n'
+    )
     parser.add_argument("--problems", type=int, default=40, help="how many of them")
     parser.add_argument("--prompt-length", type=int, help="of the speed table's random prompt")
     parser.add_argument("--gen-length", type=int, help="tokens to decode")

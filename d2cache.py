@@ -12,40 +12,37 @@ equation numbers are its first version's. Shape letters as in model.py: B sequen
 P of them prompt, Q recomputed, L layers, V vocabulary; and R <= Q recomputed and still masked.
 """
 
-from model import KVCache, Transformer, chat_prompt, load_tokenizer  # first: it quiets torch's import
-
 import argparse
 import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+from model import KVCache, Transformer, decode_response, encode_prompt, load_tokenizer
+
+import torch  # after model, which keeps its import quiet
 import torch.nn.functional as F
 
 EMBEDDED_MODEL = Path(__file__).parent / "tests" / "tiny"
 EXAMPLE = (
-    "Anna has 21 stickers. On Wednesday Anna finds 5 stickers at the market. On Thursday Anna sells "
-    "11 stickers at the market. On Friday Anna gets 8 more stickers at the school. "
+    "Anna has 21 stickers. On Wednesday Anna finds 5 stickers at the market. On Thursday Anna "
+    "sells 9 stickers at the market. On Friday Anna gets 8 more stickers at the school. "
     "How many stickers does Anna have now?"
 )
-
-
-# ---- The stages, one equation each ---------------------------------------------------------------
 
 
 def certainty_density(known, sigma, dtype=torch.float32):
     """Share of known positions around each one, in a Gaussian window of sigma positions.  Eq. 3.
 
-    D(i) = sum over known j of exp(-(i - j)^2 / (2 sigma^2)), divided by the window's whole mass.
-    Over the whole canvas, as in the paper; the authors' code takes the prompt for all known.
+    D(i) = sum over known j of exp(-(i - j)^2 / (2 sigma^2)), divided by the mass of the window.
+    Over the whole canvas, as in the paper; the authors' code sees the response alone.
     (B, T) bool -> (B, T) in [0, 1]
     """
     T = known.shape[1]
     distance = torch.arange(1 - T, T, device=known.device, dtype=dtype)
     window = torch.exp(-(distance**2) / (2 * sigma**2))
-    density = F.conv1d(known[:, None].to(dtype), window[None, None], padding=T - 1)[:, 0]
-    return (density / window.sum()).clamp(max=1)
+    shifted = window.unfold(0, T, 1)  # (2T - 1) -> (T, T), a view: row r is window[r : r + T]
+    return (known.flip(1).to(dtype) @ shifted / window.sum()).clamp(max=1)
 
 
 def certainty_prior(confidence, known, sigma):
@@ -89,15 +86,12 @@ def nucleus(score, p, among):
 
 
 def best(score, among, n):
-    """The n positions of highest score `among` (B, T), or all if there are fewer; the first of equals.
+    """The n positions of highest score among some, or all of those; of equals the first.
 
-    n is a number or one for each sequence, (B, 1).  -> (B, T) bool
+    score (B, T), among (B, T) bool, n a number or one for each sequence, (B, 1).  -> (B, T) bool
     """
     order = score.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return (order.argsort(dim=1) < n) & among
-
-
-# ---- Policies: which positions are recomputed in this step -----------------------------------------
 
 
 @dataclass(frozen=True)
@@ -111,6 +105,23 @@ class State:
     influence: torch.Tensor  # attention rollout of the last step, if the policy uses it
     block: slice  # the positions being decoded
     step: int  # steps done
+
+
+def in_block(state):
+    """The positions of the current block.  (B, T) bool"""
+    inside = torch.zeros_like(state.known)
+    inside[:, state.block] = True
+    return inside
+
+
+def block_starts(state):
+    """Sequences of whose current block nothing is decoded yet.  (B, 1) bool"""
+    return ~state.known[:, state.block].any(dim=1, keepdim=True)
+
+
+def block_done(state):
+    """Sequences whose current block is decoded.  (B, 1) bool"""
+    return state.known[:, state.block].all(dim=1, keepdim=True)
 
 
 class RecomputeAll:
@@ -128,10 +139,8 @@ class PrefixCache:
     uses_attention = False
 
     def choose(self, state):
-        starts = ~state.known[:, state.block].any(dim=1, keepdim=True)
-        from_block_on = torch.zeros_like(state.known)
-        from_block_on[:, state.block.start :] = True
-        return starts | from_block_on
+        positions = torch.arange(state.known.shape[1], device=state.known.device)
+        return block_starts(state) | (positions >= state.block.start)
 
 
 class DualCache:
@@ -140,8 +149,7 @@ class DualCache:
     uses_attention = False
 
     def choose(self, state):
-        starts = ~state.known[:, state.block].any(dim=1, keepdim=True)
-        return starts | in_block(state)
+        return block_starts(state) | in_block(state)
 
 
 @dataclass(frozen=True)
@@ -168,25 +176,116 @@ class D2Cache:
         return self.about_to_be_decoded(state) | self.attended(state) | state.fresh
 
     def about_to_be_decoded(self, state):
-        """Stage 1, Eq. 4: the k masked positions of highest certainty prior, the block's own first."""
+        """Stage 1, Eq. 4: the k masked positions of highest prior, those of the block first."""
         prior = certainty_prior(state.confidence, state.known, self.sigma)
         inside = best(prior, ~state.known & in_block(state), self.k)
         left = self.k - inside.sum(dim=1, keepdim=True)
         return inside | best(prior, ~state.known & ~in_block(state), left)
 
     def attended(self, state):
-        """Stage 2, Eq. 9: the nucleus of the rollout's influence among prompt and decoded positions."""
+        """Stage 2, Eq. 9: the nucleus of influence among prompt and decoded positions."""
         return nucleus(state.influence, self.p, among=state.known)
 
 
-def in_block(state):
-    """The positions of the current block.  (B, T) bool"""
-    inside = torch.zeros_like(state.known)
-    inside[:, state.block] = True
-    return inside
+def check_arguments(model, prompt, gen_length, block_length, tokens_per_step, sigma):
+    """ValueError for what `generate` cannot decode; the prompt as int64 on the model's device."""
+    config, shape = model.config, tuple(prompt.shape)
+    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    if gen_length < 1:
+        raise ValueError(f"gen_length is {gen_length}, should be at least 1")
+    if block_length is not None and (block_length < 1 or gen_length % block_length):
+        raise ValueError(f"block_length is {block_length}, should divide gen_length {gen_length}")
+    if tokens_per_step < 1:
+        raise ValueError(f"tokens_per_step is {tokens_per_step}, should be at least 1")
+    if sigma is not None and not sigma > 0:
+        raise ValueError(f"sigma is {sigma}, should be above 0, or None")
+    if prompt.dtype not in integers or len(shape) != 2 or shape[0] < 1:
+        raise ValueError(f"prompt is {shape} {prompt.dtype}, should be (B, P) integers, B > 0")
+    if shape[1] + gen_length > config.max_sequence_length:
+        raise ValueError(
+            f"prompt and gen_length take {shape[1]} + {gen_length} positions, "
+            f"should be at most max_sequence_length {config.max_sequence_length}"
+        )
+    wrong = prompt[(prompt < 0) | (prompt >= config.vocab_size)].tolist()
+    if wrong:
+        raise ValueError(f"prompt holds ids {wrong}, should be 0 to {config.vocab_size - 1}")
+    return prompt.to(model.wte.weight.device, torch.long)
 
 
-# ---- The decoding loop -----------------------------------------------------------------------------
+def blank_canvas(model, prompt, gen_length):
+    """The state before the first step: the prompt, then gen_length masks."""
+    tokens = F.pad(prompt, (0, gen_length), value=model.config.mask_token_id)
+    known = F.pad(torch.ones_like(prompt, dtype=torch.bool), (0, gen_length), value=False)
+    wide = torch.promote_types(model.wte.weight.dtype, torch.float32)
+    zeros = torch.zeros(tokens.shape, device=tokens.device, dtype=wide)
+    return State(tokens, known, torch.zeros_like(known), zeros, zeros + 1, slice(0, 0), step=0)
+
+
+def choose(policy, state):
+    """The positions recomputed in this step: all in the first, then as the policy says.  (B, T)
+
+    A sequence whose block is done before the others' waits: it recomputes only its fresh positions.
+    They will be recomputed in its next step in any case, so waiting leaves no trace.
+    """
+    if state.step == 0:
+        return torch.ones_like(state.known)
+    chosen = policy.choose(state)
+    if chosen.dtype != torch.bool or chosen.shape != state.known.shape:
+        raise ValueError(
+            f"policy {type(policy).__name__} chose {tuple(chosen.shape)} {chosen.dtype}, "
+            f"should be {tuple(state.known.shape)} torch.bool"
+        )
+    return state.fresh.where(block_done(state), chosen)
+
+
+def count(chosen, state, left, policy):
+    """Q, R, and each sequence's number of candidates: the step's one transfer to the host.
+
+    Candidates are the chosen masked positions of the block: only they may be committed. ValueError
+    if a sequence has none though masked positions of its block are `left`.
+    """
+    masked = chosen & ~state.known
+    in_row = torch.stack([chosen.sum(1), masked.sum(1), masked[:, state.block].sum(1)]).tolist()
+    for sequence, (n, candidates) in enumerate(zip(left, in_row[2])):
+        if n and not candidates:
+            raise ValueError(
+                f"policy {type(policy).__name__} chose no masked position of the unfinished block "
+                f"{state.block.start}:{state.block.stop}, sequence {sequence}, step {state.step}"
+            )
+    return max(in_row[0]), max(in_row[1]), in_row[2]
+
+
+def pack(chosen, masked, Q):
+    """Chosen positions in rows of equal length, the masked ones first.  (B, T) -> 2 x (B, Q)
+
+    A row of fewer than Q repeats its first position, and is not valid there: recomputing a position
+    twice gives the same keys and values, so company changes no sequence.
+    """
+    order = (chosen.int() + masked.int()).argsort(dim=1, descending=True, stable=True)[:, :Q]
+    valid = chosen.gather(1, order)
+    return torch.where(valid, order, order[:, :1]), valid
+
+
+def predict(logits, mask_token_id):
+    """Probability and id of the likeliest token but [MASK].  Eq. 1.  (B, R, V) -> 2 x (B, R)"""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    excluded = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
+    token = logits.masked_fill(excluded, -torch.inf).argmax(dim=-1)
+    probability = torch.softmax(logits, dim=-1, dtype=wide)
+    return probability.gather(-1, token[..., None])[..., 0], token
+
+
+def recompute(model, cache, tokens, positions, valid, R, uses_attention):
+    """One forward pass over positions (B, Q): all that a step wants to know of the model.
+
+    Only the first R positions, the masked ones, pass the head. -> their confidence and token,
+    (B, R) each, and the influence of every position, (B, T): all alike if it is not used.
+    """
+    hidden, maps = model.trunk(tokens, positions, cache, uses_attention)
+    confidence, token = predict(model.head(hidden[:, :R]), model.config.mask_token_id)
+    if not uses_attention:
+        return confidence, token, torch.ones_like(tokens, dtype=confidence.dtype)
+    return confidence, token, attention_rollout(maps, positions, valid)
 
 
 @torch.no_grad()
@@ -218,146 +317,42 @@ def generate(
 
     for start in range(P, T, block_length):
         state = replace(state, block=slice(start, start + block_length))
-        left = [block_length] * B  # masked positions of the block
+        left = [block_length] * B  # masked positions of the block, by sequence
         while any(left):
             chosen = choose(policy, state)
-            counts = count(chosen, state, left, policy)
-            state = decode_step(model, cache, state, chosen, counts, policy, tokens_per_step, sigma)
-            left = [n - min(candidates, tokens_per_step) for n, candidates in zip(left, counts[2])]
+            Q, R, candidates = count(chosen, state, left, policy)
+            masked, wait = chosen & ~state.known, block_done(state)
+            positions, valid = pack(chosen, masked, Q)
+            rows = positions[:, :R]  # pack puts the masked ones first
+
+            confidence, token, influence = recompute(
+                model, cache, state.tokens, positions, valid, R, policy.uses_attention
+            )
+            scattered = state.confidence.scatter(1, rows, confidence)
+            confidence = scattered.where(masked, state.confidence)
+            score = confidence if sigma is None else certainty_prior(confidence, state.known, sigma)
+            commit = best(score, masked & in_block(state), tokens_per_step)
+
+            state = replace(
+                state,
+                tokens=state.tokens.scatter(1, rows, token).where(commit, state.tokens),
+                known=state.known | commit,
+                fresh=state.fresh.where(wait, commit),
+                confidence=confidence,
+                influence=state.influence.where(wait, influence),
+                step=state.step + 1,
+            )
+            left = [n - min(m, tokens_per_step) for n, m in zip(left, candidates)]
             if on_step is not None:
                 on_step(state, chosen)
     return state.tokens
 
 
-def blank_canvas(model, prompt, gen_length):
-    """The state before the first step: the prompt, then gen_length masks."""
-    tokens = F.pad(prompt, (0, gen_length), value=model.config.mask_token_id)
-    known = (torch.arange(tokens.shape[1], device=tokens.device) < prompt.shape[1]).expand_as(tokens)
-    wide = torch.promote_types(model.wte.weight.dtype, torch.float32)
-    zeros = torch.zeros(tokens.shape, device=tokens.device, dtype=wide)
-    return State(tokens, known, torch.zeros_like(known), zeros, zeros + 1, slice(0, 0), step=0)
-
-
-def choose(policy, state):
-    """The positions recomputed in this step: all in the first one, then as the policy says.  (B, T)
-
-    A sequence whose block is done before the others' waits: it recomputes only its fresh positions.
-    They will be recomputed in its next step in any case, so waiting leaves no trace.
-    """
-    if state.step == 0:
-        return torch.ones_like(state.known)
-    chosen = policy.choose(state)
-    if chosen.dtype != torch.bool or chosen.shape != state.known.shape:
-        raise ValueError(
-            f"policy {type(policy).__name__} chose {tuple(chosen.shape)} {chosen.dtype}, "
-            f"should be {tuple(state.known.shape)} torch.bool"
-        )
-    return torch.where(waiting(state), state.fresh, chosen)
-
-
-def waiting(state):
-    """Sequences whose current block is decoded.  (B, 1) bool"""
-    return state.known[:, state.block].all(dim=1, keepdim=True)
-
-
-def count(chosen, state, left, policy):
-    """For each sequence, how many positions are chosen, chosen and masked, and candidates: 3 lists.
-
-    Candidates are the chosen masked positions of the block: only they may be committed. The step's
-    one transfer to the host. ValueError if a sequence has none though its block is unfinished.
-    """
-    masked = chosen & ~state.known
-    counts = torch.stack([chosen.sum(1), masked.sum(1), masked[:, state.block].sum(1)]).tolist()
-    for sequence, (candidates, unfinished) in enumerate(zip(counts[2], left)):
-        if unfinished and not candidates:
-            raise ValueError(
-                f"policy {type(policy).__name__} chose no masked position of the unfinished block "
-                f"{state.block.start}:{state.block.stop} for sequence {sequence} in step {state.step}"
-            )
-    return counts
-
-
-def decode_step(model, cache, state, chosen, counts, policy, tokens_per_step, sigma):
-    """Recompute the chosen positions and commit the best candidates among them: the next State."""
-    masked = chosen & ~state.known
-    positions, valid = pack(chosen, masked, Q=max(counts[0]))
-    rows = positions[:, : max(counts[1])]  # (B, R): pack puts the masked ones first
-
-    hidden, maps = model.trunk(state.tokens, positions, cache, policy.uses_attention)
-    confidence, predicted = predict(model.head(hidden[:, : rows.shape[1]]), model.config.mask_token_id)
-
-    confidence = torch.where(masked, state.confidence.scatter(1, rows, confidence), state.confidence)
-    influence = state.influence
-    if policy.uses_attention:
-        rollout = attention_rollout(maps, positions, valid)
-        influence = torch.where(waiting(state), influence, rollout)
-
-    score = confidence if sigma is None else certainty_prior(confidence, state.known, sigma)
-    commit = best(score, masked & in_block(state), tokens_per_step)
-    return replace(
-        state,
-        tokens=torch.where(commit, state.tokens.scatter(1, rows, predicted), state.tokens),
-        known=state.known | commit,
-        fresh=torch.where(waiting(state), state.fresh, commit),
-        confidence=confidence,
-        influence=influence,
-        step=state.step + 1,
-    )
-
-
-def pack(chosen, masked, Q):
-    """Chosen positions as rows of equal length, the masked ones first.  (B, T) -> (B, Q), (B, Q) valid
-
-    A row with fewer than Q repeats its first position, which is not valid again: recomputing a
-    position twice gives the same keys and values, so company changes no sequence.
-    """
-    order = (chosen.int() + masked.int()).argsort(dim=1, descending=True, stable=True)[:, :Q]
-    valid = chosen.gather(1, order)
-    return torch.where(valid, order, order[:, :1]), valid
-
-
-def predict(logits, mask_token_id):
-    """The likeliest token that is not [MASK], and its probability.  (B, R, V) -> (B, R), (B, R).  Eq. 1"""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    excluded = torch.tensor([mask_token_id], device=logits.device)
-    token = logits.index_fill(-1, excluded, -torch.inf).argmax(dim=-1)
-    probability = torch.softmax(logits, dim=-1, dtype=wide)
-    return probability.gather(-1, token[..., None])[..., 0], token
-
-
-def check_arguments(model, prompt, gen_length, block_length, tokens_per_step, sigma):
-    """ValueError for what `generate` cannot decode; the prompt as long integers on the model's device."""
-    if gen_length < 1:
-        raise ValueError(f"gen_length is {gen_length}, should be at least 1")
-    if block_length is not None and (block_length < 1 or gen_length % block_length):
-        raise ValueError(f"block_length is {block_length}, should divide gen_length {gen_length}")
-    if tokens_per_step < 1:
-        raise ValueError(f"tokens_per_step is {tokens_per_step}, should be at least 1")
-    if sigma is not None and not sigma > 0:
-        raise ValueError(f"sigma is {sigma}, should be above 0, or None")
-    integer = not (prompt.dtype.is_floating_point or prompt.dtype.is_complex or prompt.dtype == torch.bool)
-    if not integer or prompt.dim() != 2 or len(prompt) == 0:
-        raise ValueError(f"prompt is {tuple(prompt.shape)} {prompt.dtype}, should be (B, P) integers")
-    config = model.config
-    if prompt.numel() and not 0 <= prompt.min() <= prompt.max() < config.vocab_size:
-        low, high = prompt.min().item(), prompt.max().item()
-        raise ValueError(f"prompt holds ids {low} to {high}, should be 0 to {config.vocab_size - 1}")
-    if prompt.shape[1] + gen_length > config.max_sequence_length:
-        raise ValueError(
-            f"prompt and gen_length take {prompt.shape[1]} + {gen_length} positions, "
-            f"should be at most max_sequence_length {config.max_sequence_length}"
-        )
-    return prompt.to(model.wte.weight.device, torch.long)
-
-
-# ---- Command line ----------------------------------------------------------------------------------
-
-
 def settings(gen_length):
-    """Arguments of `generate` for each policy by name, with settings that suit the response's length.
+    """Arguments of `generate` by policy name, to suit the length of the response.
 
-    The paper's k = 32 and sigma = 10 belong to 256 tokens and scale with the response: a window much
-    wider than k would spread stage 1 too thin. Fast-dLLM's caches work in blocks.
+    The paper's k = 32 and sigma = 10 belong to 256 tokens and scale with them: a window much wider
+    than k would spread stage 1 too thin. Fast-dLLM's caches work in blocks.
     """
     k, sigma = max(1, gen_length // 8), 10 * gen_length / 256
     block_length = math.gcd(gen_length, 32 if gen_length >= 128 else 16)
@@ -369,61 +364,32 @@ def settings(gen_length):
     }
 
 
-def encode_prompt(tokenizer, text):
-    """A user's text as the model expects it, in the chat template if it has one.  -> (1, P) ids
-
-    Raises ValueError for words that the tokenizer does not know.
-    """
-    if tokenizer.token_to_id("<|start_header_id|>") is not None:
-        text = chat_prompt([{"role": "user", "content": text}])
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    pieces = zip(encoding.tokens, encoding.offsets)
-    unknown = [text[start:stop].strip() for token, (start, stop) in pieces if token == "<unk>"]
-    if unknown:
-        raise ValueError(f"prompt: this model has no token for {', '.join(map(repr, unknown))}")
-    return torch.tensor([encoding.ids])
-
-
-def decode_response(tokenizer, ids, eos_token_id):
-    """The text of a response, a list of ids, up to its first end-of-sequence token."""
-    if eos_token_id in ids:
-        ids = ids[: ids.index(eos_token_id)]
-    return tokenizer.decode(ids).strip()
-
-
 def main():
-    parser = argparse.ArgumentParser(
-        description="Decode the answer to a prompt.",
-        usage=argparse.SUPPRESS,  # so that a mistake costs one line, not five
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub repository")
+    """Print the decoded answer to a prompt; a mistake ends in one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=main.__doc__, usage=argparse.SUPPRESS)
+    parser.add_argument("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub id")
     parser.add_argument("--prompt", default=EXAMPLE, help="the user's text")
-    parser.add_argument("--policy", default="d2cache", choices=settings(1), help="what to recompute")
+    parser.add_argument("--policy", default="d2cache", choices=settings(1), help="the cache")
     parser.add_argument("--gen-length", default=64, type=int, help="tokens to decode")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of torch")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="where torch computes")
     args = parser.parse_args()
 
-    recomputed = []
+    shares = []
     try:
         if args.gen_length < 1:
             raise ValueError(f"--gen-length is {args.gen_length}, should be at least 1")
         tokenizer = load_tokenizer(args.model)
         prompt = encode_prompt(tokenizer, args.prompt)
         model = Transformer.from_pretrained(args.model, args.device)
-        tokens = generate(
-            model,
-            prompt,
-            args.gen_length,
-            on_step=lambda state, chosen: recomputed.append(chosen.float().mean().item()),
-            **settings(args.gen_length)[args.policy],
-        )
+        arguments = settings(args.gen_length)[args.policy]
+        arguments["on_step"] = lambda state, chosen: shares.append(chosen.float().mean().item())
+        tokens = generate(model, prompt, args.gen_length, **arguments)
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
-    response = tokens[0, prompt.shape[1] :].tolist()
-    print(decode_response(tokenizer, response, model.config.eos_token_id))
-    share = sum(recomputed) / len(recomputed)
-    print(f"{len(recomputed)} forwards, {share:.1%} of positions recomputed", file=sys.stderr)
+    print(decode_response(tokenizer, tokens[0, prompt.shape[1] :], model.config.eos_token_id))
+    share = sum(shares) / len(shares)
+    print(f"{len(shares)} forwards, {share:.1%} of positions recomputed", file=sys.stderr)
 
 
 if __name__ == "__main__":

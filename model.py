@@ -17,6 +17,7 @@ LLaDA: arXiv 2502.09992. Index order is always batch, position, head, channel:
 import json
 import warnings
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # nothing here needs it
@@ -28,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import nn
 
+PREFIX = "model.transformer."  # of every tensor's name in a checkpoint
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAP_ROWS = 256  # rows of the attention map computed at once: bounds memory, changes no value
 
@@ -80,22 +82,23 @@ class Config:
             value = getattr(self, field.name)
             number = isinstance(value, (int, field.type)) and not isinstance(value, bool)
             least = 0 if field.name.endswith("_id") else 1 if field.type is int else 1e-30
-            if not number or value < least:
-                kind = "a positive number" if least else "a token id, 0 or more"
-                raise ValueError(f"config: {field.name} is {value!r}, should be {kind}")
+            if not number or not least <= value < 2**31:
+                kind = field.type.__name__
+                raise ValueError(
+                    f"{field.name} is {value!r}, should be {kind} from {least} to 2^31"
+                )
         if self.d_model % (2 * self.n_heads):
             raise ValueError(
-                f"config: d_model {self.d_model} should be an even multiple of n_heads {self.n_heads}"
+                f"d_model is {self.d_model}, should be an even multiple of n_heads {self.n_heads}"
             )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
-                f"config: n_heads {self.n_heads} should be a multiple of n_kv_heads {self.n_kv_heads}"
+                f"n_heads is {self.n_heads}, should be a multiple of n_kv_heads {self.n_kv_heads}"
             )
         for name in ("vocab_size", "mask_token_id", "eos_token_id"):
-            if getattr(self, name) > self.embedding_size - name.endswith("_id"):
-                raise ValueError(
-                    f"config: {name} {getattr(self, name)} lies outside embedding_size {self.embedding_size}"
-                )
+            most = self.embedding_size - name.endswith("_id")
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} is {getattr(self, name)}, should be at most {most}")
 
     @property
     def head_dim(self):
@@ -118,7 +121,10 @@ class Config:
         missing = [field.name for field in fields(cls) if field.name not in values]
         if missing:
             raise ValueError(f"{path}: missing keys {missing}")
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+        try:
+            return cls(**{field.name: values[field.name] for field in fields(cls)})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 class KVCache:
@@ -130,7 +136,7 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
     def update(self, layer, positions, k, v):
-        """Write k, v (B, Q, G, D) at positions (B, Q); all keys and values of the layer, 2 x (B, T, G, D)."""
+        """Write k, v (B, Q, G, D) at positions (B, Q).  -> all of the layer, 2 x (B, T, G, D)"""
         sequences = torch.arange(len(positions), device=positions.device)[:, None]
         self.k[layer][sequences, positions] = k
         self.v[layer][sequences, positions] = v
@@ -192,16 +198,19 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(C, M, bias=False)
         self.ff_out = nn.Linear(M, C, bias=False)
 
-    def forward(self, x, cos, sin, remember, return_attention):
+    def forward(self, x, cos, sin, update, return_attention):
         """x (B, Q, C) -> (B, Q, C), and the attention map (B, Q, T) or None.
 
-        `remember(k, v)` stores the keys and values of these Q positions and gives those of all T.
+        update(k, v) caches the keys and values of the Q positions and gives those of all T; if it
+        is None, Q is T.
         """
         h = self.attn_norm(x)
         projections = (self.q_proj(h), self.k_proj(h), self.v_proj(h))
         q, k, v = (p.unflatten(-1, (n, -1)) for p, n in zip(projections, self.heads))
         q = rotate(q, cos, sin)  # (B, Q, H, D)
-        k, v = remember(rotate(k, cos, sin), v)  # (B, Q, G, D) -> (B, T, G, D)
+        k = rotate(k, cos, sin)
+        if update is not None:
+            k, v = update(k, v)  # (B, Q, G, D) -> (B, T, G, D)
         x = x + self.attn_out(attend(q, k, v).flatten(2))
         h = self.ff_norm(x)
         x = x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
@@ -209,7 +218,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """LLaDA; its parameters carry the checkpoint's names less the prefix "model.transformer."."""
+    """LLaDA; its parameters carry the checkpoint's names, without their common prefix."""
 
     def __init__(self, config):
         super().__init__()
@@ -237,20 +246,19 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
         elif cache is None:
-            raise ValueError("positions is given but cache is None: the other positions have no keys")
+            raise ValueError("cache is None, should hold what positions leave out")
         if cache is not None and cache.k.shape[1:3] != (B, T):
-            raise ValueError(f"cache holds (B, T) = {tuple(cache.k.shape[1:3])}, tokens are {(B, T)}")
+            raise ValueError(f"cache is for {tuple(cache.k.shape[1:3])} tokens, should be {(B, T)}")
 
         x = self.wte(tokens.gather(1, positions))  # (B, T) -> (B, Q) -> (B, Q, C)
         wide = torch.promote_types(x.dtype, torch.float32)
         cos, sin = rope(positions, self.config, wide)
-        maps = x.new_empty(len(self.blocks), *positions.shape, T, dtype=wide) if return_attention else None
+        maps = None
+        if return_attention:
+            maps = x.new_empty(len(self.blocks), *positions.shape, T, dtype=wide)
         for layer, block in enumerate(self.blocks):
-
-            def remember(k, v):
-                return (k, v) if cache is None else cache.update(layer, positions, k, v)
-
-            x, attention = block(x, cos, sin, remember, return_attention)
+            update = None if cache is None else partial(cache.update, layer, positions)
+            x, attention = block(x, cos, sin, update, return_attention)
             if return_attention:
                 maps[layer] = attention
         return x, maps
@@ -271,27 +279,25 @@ class Transformer(nn.Module):
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device is {str(device)!r}, should be one torch has here: {error}") from error
+            raise ValueError(f"device is {str(device)!r}, torch refuses: {error}") from error
         folder = checkpoint_folder(path_or_repo_id)
         with torch.device("meta"):
             model = cls(Config.from_json(folder / "config.json"))
-        tensors = {
-            name.removeprefix("model.transformer."): tensor
-            for name, tensor in read_tensors(folder, device, dtype)
-        }
-        check_tensors(tensors, model.state_dict(), folder)
+        tensors = dict(read_tensors(folder, device, dtype))
+        check_tensors(tensors, {PREFIX + name: p for name, p in model.named_parameters()}, folder)
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
         model.load_state_dict(tensors, strict=True, assign=True)
         return model.requires_grad_(False)
 
 
 def checkpoint_folder(path_or_repo_id):
     """The local folder of a checkpoint, downloaded from the hub if it is not one already."""
-    if Path(path_or_repo_id).is_dir():
+    if str(path_or_repo_id) and Path(path_or_repo_id).is_dir():
         return Path(path_or_repo_id)
     try:
         patterns = ["*.json", "*.safetensors"]
         return Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # the hub's errors are OSErrors or ValueErrors
+    except Exception as error:  # errors of the hub, its cache and HTTP share no base class
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"{str(path_or_repo_id)!r} is no local folder, and the hub does not give it: {reason}"
@@ -302,7 +308,7 @@ def read_json(path):
     """The JSON object in the file at `path`; ValueError if there is none."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no readable JSON file ({error})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: should hold a JSON object, holds {type(values).__name__}")
@@ -323,13 +329,13 @@ def shards(folder):
     for tensor, file in weight_map.items():
         # A checkpoint is somebody else's data: it must not make us read outside its folder.
         if not isinstance(file, str) or file in ("", ".", "..") or set(file) & set("/\\"):
-            raise ValueError(f"{index}: shard {file!r} should be the name of a file beside the index")
+            raise ValueError(f"{index}: shard {file!r} should be the name of a file beside it")
         names.setdefault(file, []).append(tensor)
     return [(folder / file, names[file]) for file in sorted(names)]
 
 
 def read_tensors(folder, device, dtype):
-    """Yield (name, tensor) of a checkpoint, one by one, on `device` and in `dtype` (None: as stored)."""
+    """Yield (name, tensor) of a checkpoint, on `device` and in `dtype` (None: as stored)."""
     stored = {}
     for file, names in shards(folder):
         try:
@@ -369,8 +375,31 @@ def load_tokenizer(path_or_repo_id):
 
 
 def chat_prompt(messages):
-    """LLaDA-Instruct's prompt for [{"role": ..., "content": ...}, ...]; the answer comes after it."""
+    """LLaDA-Instruct's template for a list of {"role": ..., "content": ...}, up to the answer."""
     turns = [(message["role"], message["content"].strip() + "<|eot_id|>") for message in messages]
     turns.append(("assistant", ""))
     header = "<|start_header_id|>{}<|end_header_id|>\n\n{}"
     return "<|startoftext|>" + "".join(header.format(*turn) for turn in turns)
+
+
+def encode_prompt(tokenizer, text):
+    """A user's text as the model expects it, in the chat template if it has one.  -> (1, P) ids
+
+    Raises ValueError for words that the tokenizer does not know.
+    """
+    if tokenizer.token_to_id("<|start_header_id|>") is not None:
+        text = chat_prompt([{"role": "user", "content": text}])
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    pieces = zip(encoding.tokens, encoding.offsets)
+    unknown = [text[start:stop].strip() for token, (start, stop) in pieces if token == "<unk>"]
+    if unknown:
+        raise ValueError(f"prompt: this model has no token for {', '.join(map(repr, unknown))}")
+    return torch.tensor([encoding.ids])
+
+
+def decode_response(tokenizer, response, eos_token_id):
+    """The text of a response (R,) up to its first end-of-sequence token."""
+    ids = response.tolist()
+    if eos_token_id in ids:
+        ids = ids[: ids.index(eos_token_id)]
+    return tokenizer.decode(ids).strip()

@@ -47,7 +47,9 @@ def forward(weights, config, tokens, positions, memory):
             outputs, row = [], torch.zeros(len(tokens), dtype=torch.float64)
             for head, q in enumerate(queries[i]):
                 keys = torch.stack([memory[layer, j][0][head // share] for j in range(len(tokens))])
-                values = torch.stack([memory[layer, j][1][head // share] for j in range(len(tokens))])
+                values = torch.stack(
+                    [memory[layer, j][1][head // share] for j in range(len(tokens))]
+                )
                 weight = torch.softmax(keys @ q / math.sqrt(D), dim=0)
                 outputs.append(weight @ values)
                 row += weight / config.n_heads
@@ -111,7 +113,9 @@ def decode(model, State, prompt, gen_length, block_length, tokens_per_step, poli
             if step > 0:
                 lists = (tokens, known, fresh, confidence, influence)
                 floats = {"dtype": torch.float64}
-                tensors = [torch.tensor([x], **(floats if type(x[0]) is float else {})) for x in lists]
+                tensors = [
+                    torch.tensor([x], **(floats if type(x[0]) is float else {})) for x in lists
+                ]
                 chosen = policy.choose(State(*tensors, slice(block.start, block.stop), step))
                 positions = [i for i in range(T) if chosen[0, i]]
             logits, maps = forward(weights, config, tokens, positions, memory)

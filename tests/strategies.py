@@ -7,6 +7,7 @@ from d2cache import D2Cache, DualCache, PrefixCache, RecomputeAll
 from hypothesis import strategies as st
 from model import Config, Transformer
 
+
 @dataclass(frozen=True)
 class AnySubset:
     """A policy without a plan: half of the positions, and the first masked one of the block.

@@ -135,7 +135,9 @@ class CacheMachine(RuleBasedStateMachine):
         logits = self.model(torch.tensor(self.rows), positions, self.cache)
         weights, config = self.model.state_dict(), self.model.config
         for b, row in enumerate(positions.tolist()):
-            expected, _ = oracle.forward(weights, config, self.rows[b], sorted(set(row)), self.memories[b])
+            expected, _ = oracle.forward(
+                weights, config, self.rows[b], sorted(set(row)), self.memories[b]
+            )
             close(logits[b], torch.stack([expected[i] for i in row]))
 
     @invariant()
@@ -158,7 +160,9 @@ def test_slicing_the_attention_map_changes_no_value(canvas, map_rows):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_file, "MAP_ROWS", map_rows)
         _, sliced = model(tokens, return_attention=True)
-    tolerance = 1e-12 if spec.dtype == torch.float64 else 2e-2 if spec.dtype == torch.bfloat16 else 1e-5
+    tolerance = (
+        1e-12 if spec.dtype == torch.float64 else 2e-2 if spec.dtype == torch.bfloat16 else 1e-5
+    )
     torch.testing.assert_close(sliced, whole, rtol=0, atol=tolerance)
 
 

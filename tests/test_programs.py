@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "tiny"
-QUESTION = "Ben has 30 pens. On Monday Ben buys 5 pens at the shop. How many pens does Ben have now?"
+QUESTION = (
+    "Ben has 30 pens. On Monday Ben buys 5 pens at the shop. How many pens does Ben have now?"
+)
 
 
 def run(program, *arguments):
@@ -91,4 +93,9 @@ def test_bench_py_decodes_and_times_a_checkpoint():
     assert result.returncode == 0, result.stderr
     assert "d2Cache     Ben starts with 30 pens." in result.stdout
     assert "QUALITY" not in result.stdout
-    assert set(table(result.stdout.splitlines(), "SPEED")) == {"vanilla", "prefix", "dual", "d2cache"}
+    assert set(table(result.stdout.splitlines(), "SPEED")) == {
+        "vanilla",
+        "prefix",
+        "dual",
+        "d2cache",
+    }

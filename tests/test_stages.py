@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from d2cache import attention_rollout, best, certainty_density, certainty_prior, nucleus, pack, predict
+from d2cache import (
+    attention_rollout,
+    best,
+    certainty_density,
+    certainty_prior,
+    nucleus,
+    pack,
+    predict,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,7 +41,9 @@ def scores_and_candidates(draw):
 def test_density_is_the_double_sum(known, sigma):
     density = certainty_density(torch.tensor(known), sigma, torch.float64)
     expected = [oracle.density(row, sigma) for row in known]
-    torch.testing.assert_close(density, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        density, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12
+    )
 
 
 @given(bool_rows(), SIGMAS)
@@ -59,7 +69,9 @@ def test_density_is_highest_beside_what_is_known():
 @given(bool_rows(), SIGMAS)
 def test_prior_is_confidence_times_density(known, sigma):
     known = torch.tensor(known)
-    confidence = torch.rand(known.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    confidence = torch.rand(
+        known.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     expected = confidence * certainty_density(known, sigma, torch.float64)
     assert torch.equal(certainty_prior(confidence, known, sigma), expected)
 
@@ -103,7 +115,9 @@ def test_nucleus_is_the_smallest_set_whose_share_exceeds_p(drawn, p):
     scores, among = drawn
     chosen = nucleus(torch.tensor(scores, dtype=torch.float64), p, torch.tensor(among))
     for row, row_scores, row_among in zip(chosen.tolist(), scores, among):
-        assert {i for i, inside in enumerate(row) if inside} == oracle.nucleus(row_scores, p, row_among)
+        assert {i for i, inside in enumerate(row) if inside} == oracle.nucleus(
+            row_scores, p, row_among
+        )
 
 
 @given(scores_and_candidates())
@@ -126,7 +140,9 @@ def test_best_is_the_head_of_the_sorted_candidates(drawn, data):
     each = data.draw(st.lists(st.integers(0, 14), min_size=len(scores), max_size=len(scores)))
     chosen = best(torch.tensor(scores), torch.tensor(among), torch.tensor(each)[:, None])
     for row, row_scores, row_among, n in zip(chosen.tolist(), scores, among, each):
-        ranked = sorted((i for i, a in enumerate(row_among) if a), key=lambda i: (-row_scores[i], i))
+        ranked = sorted(
+            (i for i, a in enumerate(row_among) if a), key=lambda i: (-row_scores[i], i)
+        )
         assert [i for i, inside in enumerate(row) if inside] == sorted(ranked[:n])
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from bench import final_number, read_problems
-from d2cache import D2Cache, EMBEDDED_MODEL, decode_response, encode_prompt, generate, settings
+from d2cache import EMBEDDED_MODEL, D2Cache, generate, settings
 from hypothesis import given
 from hypothesis import strategies as st
-from model import Transformer, load_tokenizer
+from model import Transformer, decode_response, encode_prompt, load_tokenizer
 
 from tiny.problems import (
     RESPONSE_LENGTH,
@@ -41,8 +41,10 @@ def solve(embedded, problems, arguments):
     prompts, texts = [encode_prompt(tokenizer, question) for question, _ in problems], []
     for _, batch in itertools.groupby(prompts, key=lambda prompt: prompt.shape[1]):
         batch = torch.cat(list(batch))
-        for tokens in generate(model, batch, RESPONSE_LENGTH, **arguments).tolist():
-            texts.append(decode_response(tokenizer, tokens[batch.shape[1] :], model.config.eos_token_id))
+        for tokens in generate(model, batch, RESPONSE_LENGTH, **arguments):
+            texts.append(
+                decode_response(tokenizer, tokens[batch.shape[1] :], model.config.eos_token_id)
+            )
     return texts
 
 
@@ -80,7 +82,9 @@ def test_checkpoint_fits_the_problems(embedded):
 
 def test_vanilla_decoding_solves_nine_of_ten_problems(embedded):
     texts = solve(embedded, PROBLEMS[:80], {})
-    right = [final_number(text) == final_number(answer) for text, (_, answer) in zip(texts, PROBLEMS)]
+    right = [
+        final_number(text) == final_number(answer) for text, (_, answer) in zip(texts, PROBLEMS)
+    ]
     assert sum(right) >= 0.9 * len(right)
 
 
@@ -88,7 +92,9 @@ def test_d2cache_solves_as_many_with_a_fifth_of_the_work(embedded):
     arguments, shares = settings(RESPONSE_LENGTH)["d2cache"], []
     observe = lambda state, chosen: shares.append(chosen.float().mean().item())  # noqa: E731
     texts = solve(embedded, PROBLEMS[:40], arguments | {"on_step": observe})
-    right = [final_number(text) == final_number(answer) for text, (_, answer) in zip(texts, PROBLEMS)]
+    right = [
+        final_number(text) == final_number(answer) for text, (_, answer) in zip(texts, PROBLEMS)
+    ]
     assert sum(right) >= 0.85 * len(right)
     assert sum(shares) / len(shares) < 0.2
 
@@ -100,7 +106,13 @@ def test_full_refresh_is_vanilla_on_the_trained_model_too(embedded):
 
 @pytest.mark.parametrize(
     "text, number",
-    [("so 3 + 4 = 7 #### 7", "7"), ("#### 1,234 apples", "1234"), ("It is -2.5.", "-2.5"), ("####", None), ("", None)],
+    [
+        ("so 3 + 4 = 7 #### 7", "7"),
+        ("#### 1,234 apples", "1234"),
+        ("It is -2.5.", "-2.5"),
+        ("####", None),
+        ("", None),
+    ],
 )
 def test_final_number_is_behind_the_mark_or_else_last(text, number):
     assert final_number(text) == number

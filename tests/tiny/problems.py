@@ -1,10 +1,10 @@
 """Endless word problems in GSM8K's manner, and the word-level tokenizer that reads them.
 
     Anna has 21 stickers. On Wednesday Anna finds 5 stickers at the market. On Thursday Anna sells
-    11 stickers at the market. How many stickers does Anna have now?
-    Anna starts with 21 stickers. Wednesday: 21 + 5 = 26. Thursday: 26 - 11 = 15. #### 15
+    9 stickers at the market. How many stickers does Anna have now?
+    Anna starts with 21 stickers. Wednesday: 21 + 5 = 26. Thursday: 26 - 9 = 17. #### 17
 
-Every number stays between 10 and 99 on its way, every digit is a token, and the weekday ties an
+Every count stays between 10 and 99 on its way, every digit is a token, and the weekday ties an
 equation of the answer to its sentence in the question. `python tests/tiny/problems.py` writes
 problems.jsonl, the held-out problems that bench.py solves.
 """
@@ -71,7 +71,7 @@ def problem(rng, least_events=3, most_events=5):
 def equation(rng, count):
     """(sign, amount, result) with a result of two digits."""
     while True:
-        sign, amount = rng.choice("+-"), rng.randint(2, 12)
+        sign, amount = rng.choice("+-"), rng.randint(2, 9)
         result = count + amount if sign == "+" else count - amount
         if 10 <= result <= 99:
             return sign, amount, result

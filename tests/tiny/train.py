@@ -41,20 +41,20 @@ from problems import (  # noqa: E402
     vocabulary,
 )
 
-STEPS, BATCH = 7200, 16
+STEPS, BATCH = 7600, 16
 MUON_LR, ADAMW_LR, WEIGHT_DECAY = 0.02, 3e-3, 0.05
-WARM_UP_STEPS, DECAY_FROM = 60, 0.3  # the rate falls linearly over the last 70 % of the steps
+WARM_UP_STEPS, DECAY_FROM = 60, 0.35  # the rate falls linearly over the last 65 % of the steps
 LEAST_T = 1 / RESPONSE_LENGTH
 DRILL_LENGTH = 110
 
 # Rows: up to this share of the training; events least and most; response length; how often a drill;
 # which drill then: loose equations, a problem's answer alone, a whole problem.
 CURRICULUM = [
-    (0.06, (1, 2), 32, 0.00, (1.00, 0.00, 0.00)),
-    (0.10, (1, 2), 32, 0.35, (1.00, 0.00, 0.00)),
-    (0.21, (2, 3), 48, 0.45, (0.50, 0.50, 0.00)),
-    (0.50, (3, 5), RESPONSE_LENGTH, 0.50, (0.15, 0.35, 0.50)),
-    (1.00, (3, 5), RESPONSE_LENGTH, 0.50, (0.03, 0.12, 0.85)),
+    (0.08, (1, 2), 32, 0.00, (1.00, 0.00, 0.00)),
+    (0.14, (1, 2), 32, 0.35, (1.00, 0.00, 0.00)),
+    (0.27, (2, 3), 48, 0.45, (0.60, 0.40, 0.00)),
+    (0.55, (3, 5), RESPONSE_LENGTH, 0.50, (0.35, 0.25, 0.40)),
+    (1.00, (3, 5), RESPONSE_LENGTH, 0.50, (0.15, 0.10, 0.75)),
 ]
 
 CONFIG = Config(
@@ -103,7 +103,9 @@ class Problems:
     def batch(self, events, response_length):
         """tokens (B, T) and the length of their prompts."""
         while True:
-            prompt, response = (self.tokenizer.encode(text).ids for text in problem(self.rng, *events))
+            prompt, response = (
+                self.tokenizer.encode(text).ids for text in problem(self.rng, *events)
+            )
             if len(response) >= response_length:
                 continue
             rows = self.waiting.setdefault((len(prompt), response_length), [])
@@ -185,11 +187,11 @@ def chain_drill(rng, tokenizer, tokens, prompt_length, answer_only):
 
 
 def step_loss(model, problems, rng, progress):
-    """The loss of one step: mostly diffusion, now and then a drill, as the curriculum says."""
+    """What one step trains, and its loss: mostly diffusion, now and then a drill, by the curriculum."""
     stage = next(stage for stage in CURRICULUM if progress < stage[0])
     _, events, response_length, drill_rate, kinds = stage
     if rng.random() >= drill_rate:
-        return diffusion_loss(model, *problems.batch(events, response_length))
+        return "diffusion", diffusion_loss(model, *problems.batch(events, response_length))
     kind = rng.choices(("equations", "answer", "problem"), kinds)[0]
     if kind == "equations":
         tokens, weight = equations_drill(rng, problems.tokenizer)
@@ -198,13 +200,15 @@ def step_loss(model, problems, rng, progress):
         tokens, weight = chain_drill(rng, problems.tokenizer, *batch, kind == "answer")
     masked = weight > 0
     loss = cross_entropy(model, tokens, masked) * weight[masked]
-    return loss.sum() / weight.sum()
+    return kind, loss.sum() / weight.sum()
 
 
 def make_optimisers(model):
     """Muon for the matrices of the blocks, AdamW for the embedding, the head and the norms."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    rest = [p for name, p in model.named_parameters() if p.dim() == 1 or not name.startswith("blocks")]
+    rest = [
+        p for name, p in model.named_parameters() if p.dim() == 1 or not name.startswith("blocks")
+    ]
     muon = torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=WEIGHT_DECAY, momentum=0.95)
     adamw = torch.optim.AdamW(rest, lr=ADAMW_LR, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     return [muon, adamw]
@@ -252,20 +256,21 @@ def main():
     initialise(model)
     optimisers = make_optimisers(model)
     full_rates = [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
-    average, cpu_start = None, time.process_time()
+    averages, cpu_start = {}, time.process_time()
     for step in tqdm(range(STEPS), unit="step"):
         for optimiser, full in zip(optimisers, full_rates):
             optimiser.param_groups[0]["lr"] = full * rate(step)
-        loss = step_loss(model, problems, rng, step / STEPS)
+        kind, loss = step_loss(model, problems, rng, step / STEPS)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        if step % 100 == 0 or step == STEPS - 1:
+        averages[kind] = 0.97 * averages.get(kind, loss.item()) + 0.03 * loss.item()
+        if step % 100 == 99:
+            losses = "  ".join(f"{kind} {value:.3f}" for kind, value in sorted(averages.items()))
             minutes = (time.process_time() - cpu_start) / 60
-            print(f"step {step:5d}  loss {average:.3f}  {minutes:5.1f} CPU minutes", flush=True)
+            print(f"step {step + 1:5d}  {minutes:5.1f} CPU minutes  {losses}", flush=True)
     save(model, tokenizer)
 
 
