@@ -3,7 +3,8 @@
 Quality: the embedded model solves word problems it has not seen. Score, agreement with exact
 decoding in the same order, and how many positions were recomputed for it; with two controls that
 cost the same and replace one stage of d2Cache by chance. Speed: random weights at a size that suits
-the device. With --model, a real checkpoint instead of both.
+the device, beside the floor: the time that reading the weights or the arithmetic takes at the rates
+measured here. With --model, a real checkpoint instead of both.
 """
 
 import argparse
@@ -12,46 +13,44 @@ import json
 import re
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
-from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, attention_rollout, best, certainty_prior
-from d2cache import generate, settings
+from d2cache import EMBEDDED_MODEL, EXAMPLE, CudaGraphs, D2Cache, attention_rollout, best
+from d2cache import certainty_prior, generate, new_cache, pack, predict, settings
 from model import Config, Transformer, decode_response, encode_prompt, load_tokenizer
 
 import torch  # after model, which keeps its import quiet
 from huggingface_hub.utils import tqdm
 
-RUNS, LONG_RUN = 3, 5.0  # the median of so many decodes; of one if it takes longer (seconds)
+RUNS, LONG_RUN = 3, 5.0  # time so many decodes, but only one if it takes longer (seconds)
+QUALITY_LENGTH = 64  # the response for which the embedded model is trained
 PROBLEMS = EMBEDDED_MODEL / "problems.jsonl"
+FORMAT = {  # of each column; what is not measured prints as "-"
+    "policy": "{}",
+    "exact match": "{:.1%}",
+    "same text": "{:.1%}",
+    "forwards": "{:.0f}",
+    "recomputed": "{:.1%}",
+    "ms per step": "{:.1f}",
+    "tokens/s": "{:.1f}",
+    "speed-up": "{:.2f}x",
+    "floor ms": "{:.1f}",
+    "x floor": "{:.1f}",
+    "peak GiB": "{:.1f}",
+    "runs": "{}",
+}
 
 CPU_SHAPE = Config(
-    d_model=512,
-    n_layers=8,
-    n_heads=8,
-    n_kv_heads=8,
-    mlp_hidden_size=1536,
-    vocab_size=32000,
-    embedding_size=32000,
-    max_sequence_length=4096,
-    rope_theta=500000.0,
-    rms_norm_eps=1e-5,
-    mask_token_id=31999,
-    eos_token_id=31998,
-)
+    d_model=512, n_layers=8, n_heads=8, n_kv_heads=8, mlp_hidden_size=1536,
+    vocab_size=32000, embedding_size=32000, max_sequence_length=4096, rope_theta=500000.0,
+    rms_norm_eps=1e-5, mask_token_id=31999, eos_token_id=31998,
+)  # fmt: skip
 LLADA_8B_SHAPE = Config(
-    d_model=4096,
-    n_layers=32,
-    n_heads=32,
-    n_kv_heads=32,
-    mlp_hidden_size=12288,
-    vocab_size=126464,
-    embedding_size=126464,
-    max_sequence_length=4096,
-    rope_theta=500000.0,
-    rms_norm_eps=1e-5,
-    mask_token_id=126336,
-    eos_token_id=126081,
-)
+    d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288,
+    vocab_size=126464, embedding_size=126464, max_sequence_length=4096, rope_theta=500000.0,
+    rms_norm_eps=1e-5, mask_token_id=126336, eos_token_id=126081,
+)  # fmt: skip
 LLADA_8B_BYTES = 20e9  # 16 GB of weights, and the cache and the first step's maps beside them
 
 
@@ -116,6 +115,13 @@ def final_number(text):
     return numbers[0 if mark else -1].replace(",", "") if numbers else None
 
 
+def decode(model, prompt, gen_length, arguments):
+    """Tokens on the host, and the (state, chosen) of every step."""
+    steps = []
+    observe = lambda state, chosen: steps.append((state, chosen))  # noqa: E731
+    return generate(model, prompt, gen_length, on_step=observe, **arguments).cpu(), steps
+
+
 def solve(model, tokenizer, questions, gen_length, arguments, progress):
     """Texts of the responses, forwards of a decode, and the share of positions recomputed.
 
@@ -123,16 +129,14 @@ def solve(model, tokenizer, questions, gen_length, arguments, progress):
     """
     texts, forwards, shares = [], 0, []
     prompts = [encode_prompt(tokenizer, question) for question in questions]
-    for _, batch in itertools.groupby(prompts, key=lambda prompt: prompt.shape[1]):
-        batch, chosen = torch.cat(list(batch)), []
-        tokens = generate(
-            model, batch, gen_length, on_step=lambda _, now: chosen.append(now), **arguments
-        )
-        responses = tokens[:, batch.shape[1] :]
-        texts += [decode_response(tokenizer, row, model.config.eos_token_id) for row in responses]
-        forwards += len(chosen) * len(batch)
-        shares += torch.stack(chosen).float().mean(dim=(0, 2)).tolist()
-        progress.update(len(batch))
+    for length, same_length in itertools.groupby(prompts, key=lambda prompt: prompt.shape[1]):
+        tokens, steps = decode(model, torch.cat(list(same_length)), gen_length, arguments)
+        for response in tokens[:, length:]:
+            texts.append(decode_response(tokenizer, response, model.config.eos_token_id))
+        forwards += len(steps) * len(tokens)
+        recomputed = torch.stack([chosen for _, chosen in steps])
+        shares += recomputed.float().mean(dim=(0, 2)).tolist()
+        progress.update(len(tokens))
     return texts, forwards / len(questions), statistics.mean(shares)
 
 
@@ -140,28 +144,19 @@ def measure_quality(model, tokenizer, problems, gen_length):
     """Rows of the quality table, dicts by column; and d2Cache's answer to the first problem."""
     questions, answers = zip(*problems)
     numbers = [final_number(answer) for answer in answers]
-    rows, exact, sample = [], {}, None
-    plan = quality_rows(gen_length)
+    rows, exact, sample, plan = [], {}, None, quality_rows(gen_length)
     with tqdm(total=len(plan) * len(problems), desc="quality", unit="decode") as progress:
         for name, arguments in plan:
-            torch.manual_seed(0)
-            texts, forwards, share = solve(
-                model, tokenizer, questions, gen_length, arguments, progress
-            )
+            torch.manual_seed(0)  # of the controls
+            texts, *work = solve(model, tokenizer, questions, gen_length, arguments, progress)
             order = arguments.get("block_length"), arguments.get("sigma")
             reference = exact.setdefault(order, texts)  # vanilla comes first in every order
             right = [final_number(text) == number for text, number in zip(texts, numbers)]
             same = [text == other for text, other in zip(texts, reference)]
             sample = texts[0] if name == "d2Cache" else sample
-            rows.append(
-                {
-                    "policy": name,
-                    "exact match": f"{statistics.mean(right):.1%}",
-                    "same text": "exact" if reference is texts else f"{statistics.mean(same):.1%}",
-                    "forwards": f"{forwards:.0f}",
-                    "recomputed": f"{share:.1%}",
-                }
-            )
+            scores = {"exact match": statistics.mean(right), "same text": statistics.mean(same)}
+            work = dict(zip(("forwards", "recomputed"), work))
+            rows.append({"policy": name} | scores | work)
     return rows, sample
 
 
@@ -182,191 +177,233 @@ def random_model(config, device, dtype):
     return model
 
 
-def run_once(model, prompt, gen_length, arguments):
-    """Seconds of one decode, prompt on the device to tokens on the host; and what each step chose."""
-    chosen, on_gpu = [], prompt.is_cuda
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+def timed(function):
+    """Seconds that function() takes from an idle device to an idle device, and its result."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
     start = time.perf_counter()
-    generate(
-        model, prompt, gen_length, on_step=lambda _, now: chosen.append(now), **arguments
-    ).cpu()
-    return time.perf_counter() - start, chosen
+    result = function()
+    synchronize()
+    return time.perf_counter() - start, result
 
 
-def measure_speed(model, prompt, gen_length):
-    """The speed table: a list of rows, each a dict by column; and d2Cache's seconds per step."""
-    rows, vanilla_rate, step_seconds = [], None, {}
-    plan = settings(gen_length)
-    for name, arguments in tqdm(plan.items(), desc="speed", unit="policy"):
-        run_once(model, prompt, gen_length, arguments | {"tokens_per_step": gen_length // 2})
-        runs = [run_once(model, prompt, gen_length, arguments)]
-        while len(runs) < RUNS and runs[0][0] < LONG_RUN:
-            runs.append(run_once(model, prompt, gen_length, arguments))
-        seconds, chosen = statistics.median(run[0] for run in runs), runs[0][1]
-        rate = gen_length / seconds
-        vanilla_rate = vanilla_rate or rate
-        step_seconds[name] = seconds / len(chosen)
-        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if prompt.is_cuda else "-"
+def median_seconds(function, repeats=10):
+    """Median time of a function, after a warm-up."""
+    function()
+    return statistics.median(timed(function)[0] for _ in range(repeats))
+
+
+def machine_rates(device, dtype):
+    """Bytes/s of a copy, read and written, and FLOP/s of a matrix product, as measured now."""
+    n = 8192 if device.startswith("cuda") else 1024
+    source = torch.randn(8 * n, n, device=device, dtype=dtype)
+    target, square = torch.empty_like(source), source[:n]
+    copy = median_seconds(lambda: target.copy_(source))
+    product = median_seconds(lambda: square @ square)
+    return 2 * source.nbytes / copy, 2 * n**3 / product
+
+
+def floor_seconds(model, steps, rates):
+    """The least a step can take: reading every weight once or the arithmetic, whichever is more."""
+    config, (bandwidth, flops), T = model.config, rates, steps[0][1].shape[1]
+    Q = statistics.mean(chosen.sum().item() for _, chosen in steps)
+    R = statistics.mean((chosen & (~s.known | s.fresh)).sum().item() for s, chosen in steps)
+    in_blocks = sum(weight.numel() for weight in model.blocks.parameters())
+    in_head = model.ff_out.weight.numel()
+    in_attention = 2 * config.n_layers * config.d_model * T  # query x key, weight x value
+    read = (in_blocks + in_head) * model.wte.weight.element_size()
+    return max(read / bandwidth, 2 * ((in_blocks + in_attention) * Q + in_head * R) / flops)
+
+
+def measure_speed(model, prompt, gen_length, rates):
+    """Rows of the speed table, dicts by column; and the steps of d2Cache's decode."""
+    rows = []
+    for name, arguments in tqdm(settings(gen_length).items(), desc="speed", unit="policy"):
+        arguments |= {"graphs": CudaGraphs(model) if prompt.is_cuda else None}
+        if prompt.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            decode(model, prompt, gen_length, arguments)  # captures the graphs
+        else:
+            decode(model, prompt, gen_length, arguments | {"tokens_per_step": gen_length})
+        run = partial(decode, model, prompt, gen_length, arguments)
+        times, results = zip(timed(run))
+        while len(times) < RUNS and times[0] < LONG_RUN:
+            times += timed(run)[:1]
+        steps = results[0][1]
+        rate, floor = gen_length / statistics.median(times), floor_seconds(model, steps, rates)
+        step = gen_length / rate / len(steps)
+        recomputed = torch.stack([chosen for _, chosen in steps])
         rows.append(
             {
                 "policy": name,
-                "forwards": str(len(chosen)),
-                "recomputed": f"{torch.stack(chosen).float().mean().item():.1%}",
-                "ms per step": f"{1000 * step_seconds[name]:.1f}",
-                "tokens/s": f"{rate:.1f}",
-                "speed-up": f"{rate / vanilla_rate:.2f}x",
-                "peak memory": peak,
-                "runs": str(len(runs)),
+                "forwards": len(steps),
+                "recomputed": recomputed.float().mean().item(),
+                "ms per step": 1000 * step,
+                "tokens/s": rate,
+                "speed-up": rate / (rows[0]["tokens/s"] if rows else rate),
+                "floor ms": 1000 * floor,
+                "x floor": step / floor,
+                "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if prompt.is_cuda else None,
+                "runs": len(times),
             }
         )
-    return rows, step_seconds["d2cache"]
+    return rows, steps
 
 
-def measure_selection(model, prompt, gen_length):
-    """Seconds that one d2Cache step, half-way through, spends on density, rollout and nucleus."""
-    arguments, steps = settings(gen_length)["d2cache"], []
-    generate(model, prompt, gen_length, on_step=lambda *step: steps.append(step), **arguments)
-    state, chosen = steps[len(steps) // 2]
-    B, T = chosen.shape
-    positions = chosen.nonzero()[:, 1].expand(B, -1)
-    shape = (len(model.blocks), *positions.shape, T)
-    maps = torch.rand(shape, device=prompt.device, dtype=state.influence.dtype) / T
+def measure_parts(model, gen_length, steps):
+    """Milliseconds that the parts of a d2Cache step take, half-way through, each timed alone.
+
+    On a GPU as a graph's replay: no launch gaps. They are what the whole step takes beyond the sum.
+    """
+    policy, (state, _) = settings(gen_length)["d2cache"]["policy"], steps[len(steps) // 2]
+    chosen = policy.choose(state)
+    masked = chosen & ~state.known
+    positions, valid = pack(chosen, masked, int(chosen.sum(dim=1).max()))
+    R, cache = int(masked.sum(dim=1).max()), new_cache(model, *chosen.shape)
+    hidden, maps = model.trunk(state.tokens, positions, cache, return_attention=True)
 
     def select():
-        attention_rollout(maps, positions, torch.ones_like(positions, dtype=torch.bool))
-        certainty_prior(state.confidence, state.known, arguments["sigma"])  # of the commit
-        arguments["policy"].choose(state)
+        attention_rollout(maps, positions, valid)
+        certainty_prior(state.confidence, state.known, policy.sigma)  # once more, for the commit
+        pack(policy.choose(state), masked, positions.shape[1])
 
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        select()
-        if prompt.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    parts = {
+        "forward": lambda: model.trunk(state.tokens, positions, cache),
+        "with maps": lambda: model.trunk(state.tokens, positions, cache, return_attention=True),
+        "head": lambda: predict(model.head(hidden[:, :R]), model.config.mask_token_id),
+        "selection": select,
+    }
+    times = {}
+    for name, part in parts.items():
+        part()
+        function = CudaGraphs(model).capture(part)[0].replay if maps.is_cuda else part
+        times[name] = 1000 * median_seconds(function)
+    maps_time = max(0.0, times.pop("with maps") - times["forward"])
+    return times | {"attention maps": maps_time}
 
 
 def print_table(rows):
     """Aligned columns: the first one left, the numbers right."""
-    table = [list(rows[0])] + [list(row.values()) for row in rows]
+    table = [list(rows[0])]
+    for row in rows:
+        cells = ("-" if value is None else FORMAT[key].format(value) for key, value in row.items())
+        table.append(list(cells))
     widths = [max(len(cell) for cell in column) for column in zip(*table)]
     for first, *rest in table:
         print("  ".join([first.ljust(widths[0])] + [c.rjust(w) for c, w in zip(rest, widths[1:])]))
 
 
-def describe(model, device):
+def describe(model):
     """Size, precision and device, for a table's header."""
-    parameters = sum(weight.numel() for weight in model.parameters()) / 1e6
-    name = (
-        torch.cuda.get_device_name()
-        if device.startswith("cuda")
-        else f"{torch.get_num_threads()} threads"
-    )
-    dtype = str(model.wte.weight.dtype).removeprefix("torch.")
-    return f"{parameters:,.1f} M parameters, {dtype}; {device} ({name}), torch {torch.__version__}"
+    weight = model.wte.weight
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else cpu
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return f"{parameters:,.1f} M parameters, {dtype}, {device}, torch {torch.__version__}"
 
 
-def report_quality(path, model, tokenizer, problems, gen_length, device):
+def report_quality(name, model, tokenizer, problems, gen_length):
     """Print a sample and the quality table; the rows."""
     rows, sample = measure_quality(model, tokenizer, problems, gen_length)
     block_length = settings(gen_length)["dual"]["block_length"]
     print(f"A problem   {problems[0][0]}\nd2Cache     {sample}\nThe answer  {problems[0][1]}\n")
-    print(f"QUALITY  {path}: {describe(model, device)}")
+    print(f"QUALITY  {name}: {describe(model)}")
     print(
-        f"{len(problems)} problems, response {gen_length}, blocks of {block_length}, 1 token per step, "
-        "1 run; same text: as exact decoding in the same order"
+        f"{len(problems)} problems, response {gen_length}, blocks of {block_length}, 1 token per "
+        "step, 1 run; same text: as exact decoding in the same order"
     )
     print_table(rows)
     return rows
 
 
-def report_speed(path, model, prompt, gen_length, device):
-    """Print the speed table and what selection costs; the rows."""
-    rows, step_seconds = measure_speed(model, prompt, gen_length)
-    selection = measure_selection(model, prompt, gen_length)
+def report_speed(name, model, prompt, gen_length, rates):
+    """Print the speed table of one prompt, and where a step of d2Cache goes; the rows."""
+    rows, steps = measure_speed(model, prompt, gen_length, rates)
+    parts = measure_parts(model, gen_length, steps)
+    parts["the rest"] = rows[-1]["ms per step"] - sum(parts.values())
     block_length = settings(gen_length)["dual"]["block_length"]
-    print(f"\nSPEED  {path}: {describe(model, device)}")
+    print(f"\nSPEED  {name}: {describe(model)}")
     print(
         f"prompt {prompt.shape[1]}, response {gen_length}, prefix and dual cache in blocks of "
-        f"{block_length}, 1 sequence, 1 token per step, median of the runs after a warm-up"
+        f"{block_length}, 1 sequence, 1 token per step, median of the runs"
     )
     print_table(rows)
-    print(
-        f"Of a d2Cache step, {1000 * selection:.2f} ms ({selection / step_seconds:.1%}) are selection: "
-        "density, rollout and nucleus."
-    )
-    return rows
+    print("a step of d2cache:", ", ".join(f"{part} {ms:.2f} ms" for part, ms in parts.items()))
+    return [{"prompt": prompt.shape[1]} | row for row in rows]
 
 
 def speed_model(device, prompt_length, gen_length):
-    """(name, model, prompt, gen_length) for the speed table without a checkpoint."""
+    """(name, model, prompts, gen_length) for the speed tables without a checkpoint."""
     gpu = device.startswith("cuda")
     fits = gpu and torch.cuda.mem_get_info(device)[0] > LLADA_8B_BYTES
     config, dtype = (LLADA_8B_SHAPE, torch.bfloat16) if fits else (CPU_SHAPE, torch.float32)
     name = f"random weights, {config.n_layers} layers of {config.d_model}"
     if gpu and not fits:
-        name += (
-            f" (LLaDA-8B's shape needs {LLADA_8B_BYTES / 1e9:.0f} GB of GPU memory, there is less)"
-        )
-    prompt_length, gen_length = (
-        prompt_length or (896 if fits else 384),
-        gen_length or (256 if fits else 64),
-    )
+        name += f" (LLaDA-8B's shape wants {LLADA_8B_BYTES / 1e9:.0f} GB of free GPU memory)"
+    lengths = [prompt_length] if prompt_length else [128, 896, 3840] if fits else [384]
     random = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, config.eos_token_id, (1, prompt_length), generator=random)
-    return name, random_model(config, device, dtype), prompt.to(device), gen_length
+    prompts = [
+        torch.randint(0, config.eos_token_id, (1, n), generator=random).to(device) for n in lengths
+    ]
+    model = random_model(config, device, dtype)
+    return name, model, prompts, gen_length or (256 if fits else 64)
+
+
+def checkpoint(args):
+    """(name, model, prompts, gen_length) for the speed table of --model; prints its answer."""
+    tokenizer = load_tokenizer(args.model)
+    model = Transformer.from_pretrained(args.model, args.device)
+    prompt, gen_length = encode_prompt(tokenizer, args.prompt), args.gen_length or 256
+    tokens, _ = decode(model, prompt, gen_length, settings(gen_length)["d2cache"])
+    answer = decode_response(tokenizer, tokens[0, prompt.shape[1] :], model.config.eos_token_id)
+    print(f"A prompt    {args.prompt}\nd2Cache     {answer}\n")
+    return args.model, model, [prompt.to(args.device)], gen_length
 
 
 def run(args):
-    """Everything the command line asks for, printed; the same as a dict."""
+    """Everything the command line asks for, printed; the same numbers as a dict."""
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no such folder")
     for flag in ("problems", "prompt_length", "gen_length"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise ValueError(
-                f"--{flag.replace('_', '-')} is {getattr(args, flag)}, should be at least 1"
-            )
-    report, path = {}, args.model or EMBEDDED_MODEL.relative_to(Path(__file__).parent)
-    source = args.model or EMBEDDED_MODEL
-    tokenizer, model = load_tokenizer(source), Transformer.from_pretrained(source, args.device)
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} is {value}, should be at least 1")
+    report = {}
     if args.data or not args.model:
+        source = args.model or EMBEDDED_MODEL
         problems = read_problems(args.data or PROBLEMS, args.problems)
-        quality = (tokenizer, problems, args.gen_length or 64, args.device)
-        report["quality"] = report_quality(path, model, *quality)
-    if args.model:
-        prompt = encode_prompt(tokenizer, args.prompt).to(args.device)
-        gen_length = args.gen_length or 256
-        tokens = generate(model, prompt, gen_length, **settings(gen_length)["d2cache"])
-        response = tokens[0, prompt.shape[1] :]
-        print(f"A prompt    {args.prompt}")
-        print(f"d2Cache     {decode_response(tokenizer, response, model.config.eos_token_id)}")
-        speed = (path, model, prompt, gen_length)
-    else:
-        speed = speed_model(args.device, args.prompt_length, args.gen_length)
-    report["speed"] = report_speed(*speed, args.device)
+        tokenizer, model = load_tokenizer(source), Transformer.from_pretrained(source, args.device)
+        gen_length = args.gen_length or 256 if args.model else QUALITY_LENGTH
+        name = args.model or "the embedded model"
+        report["quality"] = report_quality(name, model, tokenizer, problems, gen_length)
+        del model  # two copies of 16 GB would not fit everywhere
+    speed = checkpoint(args) if args.model else None
+    speed = speed or speed_model(args.device, args.prompt_length, args.gen_length)
+    name, model, prompts, gen_length = speed
+    rates = machine_rates(args.device, model.wte.weight.dtype)
+    report["copy bytes/s"], report["matrix FLOP/s"] = rates
+    report["speed"] = []
+    for prompt in prompts:
+        report["speed"] += report_speed(name, model, prompt, gen_length, rates)
+    bandwidth, flops = rates[0] / 1e9, rates[1] / 1e12
+    print(f"floor: at {bandwidth:,.0f} GB/s (copy) and {flops:,.2f} TFLOP/s (matrix product)")
     return report
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    """Quality and speed of every policy, as tables; progress goes to stderr."""
+    parser = argparse.ArgumentParser(description=main.__doc__, usage=argparse.SUPPRESS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument(
-        "--model", help="checkpoint folder or hub repository instead of the embedded model"
-    )
-    parser.add_argument(
-        "--prompt", default=EXAMPLE, help="with --model: the text to decode and to time"
-    )
-    parser.add_argument(
-        "--data", help='JSON lines {"question", "answer"} to score; answers end in #### n'
-    )
-    parser.add_argument("--problems", type=int, default=40, help="how many of them")
-    parser.add_argument("--prompt-length", type=int, help="of the speed table's random prompt")
-    parser.add_argument("--gen-length", type=int, help="tokens to decode")
-    parser.add_argument("--device", default=device, help="of torch")
-    parser.add_argument("--json", help="write the same numbers to this file")
+    add = parser.add_argument
+    add("--model", help="checkpoint folder or hub id instead of the embedded model")
+    add("--prompt", default=EXAMPLE, help="with --model: the text to answer and to time")
+    add("--data", help='JSON lines {"question", "answer"} to score; answers end in "#### n"')
+    add("--problems", type=int, default=40, help="how many of them")
+    add("--prompt-length", type=int, help="of the speed table's random prompt")
+    add("--gen-length", type=int, help="tokens to decode, in the speed table and with --model")
+    add("--device", default=device, help="where torch computes")
+    add("--json", help="write the same numbers to this file")
     args = parser.parse_args()
     try:
         report = run(args)

@@ -16,6 +16,7 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from model import KVCache, Transformer, decode_response, encode_prompt, load_tokenizer
@@ -29,6 +30,11 @@ EXAMPLE = (
     "sells 9 stickers at the market. On Friday Anna gets 8 more stickers at the school. "
     "How many stickers does Anna have now?"
 )
+
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
 
 
 def certainty_density(known, sigma, dtype=torch.float32):
@@ -154,10 +160,7 @@ class DualCache:
 
 @dataclass(frozen=True)
 class D2Cache:
-    """The paper's policy: k masked positions, a nucleus p of the known ones, and the fresh ones.
-
-    Raises ValueError unless k >= 1, 0 <= p <= 1 and sigma > 0 (positions).
-    """
+    """The paper's policy: k masked positions, a nucleus p of the known ones, and the fresh ones."""
 
     k: int = 32
     p: float = 0.1
@@ -165,12 +168,8 @@ class D2Cache:
     uses_attention = True
 
     def __post_init__(self):
-        if self.k < 1:
-            raise ValueError(f"k is {self.k}, should be at least 1")
-        if not 0 <= self.p <= 1:
-            raise ValueError(f"p is {self.p}, should be between 0 and 1")
-        if not self.sigma > 0:
-            raise ValueError(f"sigma is {self.sigma}, should be above 0")
+        valid = self.k >= 1 and 0 <= self.p <= 1 and self.sigma > 0
+        require(valid, f"{self} should have k >= 1, 0 <= p <= 1 and sigma > 0")
 
     def choose(self, state):
         return self.about_to_be_decoded(state) | self.attended(state) | state.fresh
@@ -189,26 +188,19 @@ class D2Cache:
 
 def check_arguments(model, prompt, gen_length, block_length, tokens_per_step, sigma):
     """ValueError for what `generate` cannot decode; the prompt as int64 on the model's device."""
-    config, shape = model.config, tuple(prompt.shape)
-    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    if gen_length < 1:
-        raise ValueError(f"gen_length is {gen_length}, should be at least 1")
-    if block_length is not None and (block_length < 1 or gen_length % block_length):
-        raise ValueError(f"block_length is {block_length}, should divide gen_length {gen_length}")
-    if tokens_per_step < 1:
-        raise ValueError(f"tokens_per_step is {tokens_per_step}, should be at least 1")
-    if sigma is not None and not sigma > 0:
-        raise ValueError(f"sigma is {sigma}, should be above 0, or None")
-    if prompt.dtype not in integers or len(shape) != 2 or shape[0] < 1:
-        raise ValueError(f"prompt is {shape} {prompt.dtype}, should be (B, P) integers, B > 0")
-    if shape[1] + gen_length > config.max_sequence_length:
-        raise ValueError(
-            f"prompt and gen_length take {shape[1]} + {gen_length} positions, "
-            f"should be at most max_sequence_length {config.max_sequence_length}"
-        )
-    wrong = prompt[(prompt < 0) | (prompt >= config.vocab_size)].tolist()
-    if wrong:
-        raise ValueError(f"prompt holds ids {wrong}, should be 0 to {config.vocab_size - 1}")
+    integer = prompt.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    shape = f"prompt is {tuple(prompt.shape)} {prompt.dtype}"
+    require(integer and prompt.dim() == 2 and len(prompt), f"{shape}, should be (B, P) integers")
+    P, most, V = prompt.shape[1], model.config.max_sequence_length, model.config.vocab_size
+    wrong = prompt[(prompt < 0) | (prompt >= V)].tolist()
+    require(not wrong, f"prompt holds ids {wrong}, should be 0 to {V - 1}")
+    require(gen_length >= 1, f"gen_length is {gen_length}, should be at least 1")
+    lengths = f"gen_length is {gen_length} after a prompt of {P}"
+    require(P + gen_length <= most, f"{lengths}, should be at most max_sequence_length {most}")
+    divides = block_length is None or block_length >= 1 and gen_length % block_length == 0
+    require(divides, f"block_length is {block_length}, should divide gen_length {gen_length}")
+    require(tokens_per_step >= 1, f"tokens_per_step is {tokens_per_step}, should be at least 1")
+    require(sigma is None or sigma > 0, f"sigma is {sigma}, should be above 0, or None")
     return prompt.to(model.wte.weight.device, torch.long)
 
 
@@ -229,12 +221,10 @@ def choose(policy, state):
     """
     if state.step == 0:
         return torch.ones_like(state.known)
-    chosen = policy.choose(state)
-    if chosen.dtype != torch.bool or chosen.shape != state.known.shape:
-        raise ValueError(
-            f"policy {type(policy).__name__} chose {tuple(chosen.shape)} {chosen.dtype}, "
-            f"should be {tuple(state.known.shape)} torch.bool"
-        )
+    chosen, shape = policy.choose(state), tuple(state.known.shape)
+    said = f"policy {type(policy).__name__} chose {tuple(chosen.shape)} {chosen.dtype}"
+    valid = chosen.dtype == torch.bool and chosen.shape == shape
+    require(valid, f"{said}, should be {shape} torch.bool")
     return state.fresh.where(block_done(state), chosen)
 
 
@@ -244,14 +234,11 @@ def count(chosen, state, left, policy):
     Candidates are the chosen masked positions of the block: only they may be committed. ValueError
     if a sequence has none though masked positions of its block are `left`.
     """
-    masked = chosen & ~state.known
+    masked, name = chosen & ~state.known, type(policy).__name__
     in_row = torch.stack([chosen.sum(1), masked.sum(1), masked[:, state.block].sum(1)]).tolist()
-    for sequence, (n, candidates) in enumerate(zip(left, in_row[2])):
-        if n and not candidates:
-            raise ValueError(
-                f"policy {type(policy).__name__} chose no masked position of the unfinished block "
-                f"{state.block.start}:{state.block.stop}, sequence {sequence}, step {state.step}"
-            )
+    idle = [b for b, (n, candidates) in enumerate(zip(left, in_row[2])) if n and not candidates]
+    place = f"block {state.block.start}:{state.block.stop} in step {state.step}, sequences {idle}"
+    require(not idle, f"policy {name} chose no masked position of the unfinished {place}")
     return max(in_row[0]), max(in_row[1]), in_row[2]
 
 
@@ -288,17 +275,53 @@ def recompute(model, cache, tokens, positions, valid, R, uses_attention):
     return confidence, token, attention_rollout(maps, positions, valid)
 
 
+def new_cache(model, B, T):
+    weight = model.wte.weight
+    return KVCache(model.config, B, T, weight.device, weight.dtype)
+
+
+class CudaGraphs:
+    """Replays `recompute` as CUDA graphs: one launch a step where there were a thousand.
+
+    A graph fixes sizes and addresses. So Q and R are rounded up to multiples of BUCKET (`pack`
+    fills up with repeats, which change no result), each pair gets a graph when it first occurs,
+    inputs are copied into the graph's own, and all decodes of one shape share a cache. Pass the
+    same object to many calls of `generate`: it has captured most sizes after the first.
+    """
+
+    BUCKET = 32
+
+    def __init__(self, model):
+        self.model, self.caches, self.graphs = model, {}, {}
+
+    def cache(self, B, T):
+        if (B, T) not in self.caches:
+            self.caches[B, T] = new_cache(self.model, B, T)
+        return self.caches[B, T]
+
+    def recompute(self, model, cache, tokens, positions, valid, R, uses_attention):
+        inputs, sizes = (tokens, positions, valid), (*tokens.shape, positions.shape[1], R)
+        if (sizes, uses_attention) not in self.graphs:
+            own = [tensor.clone() for tensor in inputs]
+            run = partial(recompute, model, cache, *own, R, uses_attention)
+            self.graphs[sizes, uses_attention] = own, *self.capture(run)
+        own, graph, outputs = self.graphs[sizes, uses_attention]
+        for tensor, value in zip(own, inputs):
+            tensor.copy_(value)
+        graph.replay()
+        return outputs
+
+    def capture(self, run):
+        """A graph of what run() launches, and the tensors that a replay leaves its results in."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = run()
+        return graph, outputs
+
+
 @torch.no_grad()
-def generate(
-    model,
-    prompt,
-    gen_length,
-    block_length=None,
-    tokens_per_step=1,
-    policy=RecomputeAll(),
-    sigma=None,
-    on_step=None,
-):
+def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
+             policy=RecomputeAll(), sigma=None, on_step=None, graphs=None):  # fmt: skip
     """Decode gen_length tokens after each prompt.  (B, P) integers -> (B, P + gen_length)
 
     Blocks of block_length positions are decoded from left to right (None: one block). Each step
@@ -306,14 +329,15 @@ def generate(
     positions among them: by confidence, or by certainty prior if sigma is given. [MASK] is never
     predicted, and a sequence decodes to the same tokens alone as in company. on_step(state, chosen)
     is called after every step with the new State and the positions (B, T) that were recomputed.
+    graphs, a CudaGraphs of the model, makes every step but the first a replay.
     Raises ValueError for arguments out of range and for a policy that leaves nothing to commit.
     """
     prompt = check_arguments(model, prompt, gen_length, block_length, tokens_per_step, sigma)
     (B, P), T = prompt.shape, prompt.shape[1] + gen_length
     block_length = block_length or gen_length
     state = blank_canvas(model, prompt, gen_length)
-    weight = model.wte.weight
-    cache = KVCache(model.config, B, T, weight.device, weight.dtype)
+    cache = graphs.cache(B, T) if graphs else new_cache(model, B, T)
+    bucket = graphs.BUCKET if graphs else 1
 
     for start in range(P, T, block_length):
         state = replace(state, block=slice(start, start + block_length))
@@ -322,10 +346,12 @@ def generate(
             chosen = choose(policy, state)
             Q, R, candidates = count(chosen, state, left, policy)
             masked, wait = chosen & ~state.known, block_done(state)
+            Q, R = min(T, math.ceil(Q / bucket) * bucket), min(T, math.ceil(R / bucket) * bucket)
             positions, valid = pack(chosen, masked, Q)
             rows = positions[:, :R]  # pack puts the masked ones first
 
-            confidence, token, influence = recompute(
+            replay = graphs and state.step > 0  # the first step is one of its kind
+            confidence, token, influence = (graphs.recompute if replay else recompute)(
                 model, cache, state.tokens, positions, valid, R, policy.uses_attention
             )
             scattered = state.confidence.scatter(1, rows, confidence)
@@ -377,8 +403,7 @@ def main():
 
     shares = []
     try:
-        if args.gen_length < 1:
-            raise ValueError(f"--gen-length is {args.gen_length}, should be at least 1")
+        require(args.gen_length >= 1, f"--gen-length is {args.gen_length}, should be at least 1")
         tokenizer = load_tokenizer(args.model)
         prompt = encode_prompt(tokenizer, args.prompt)
         model = Transformer.from_pretrained(args.model, args.device)

@@ -34,27 +34,13 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAP_ROWS = 256  # rows of the attention map computed at once: bounds memory, changes no value
 
 # Keys of config.json that change what the model computes, and the one value implemented here.
-IMPLEMENTED = {
-    "activation_type": "silu",
-    "alibi": False,
-    "attention_layer_norm": False,
-    "bias_for_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
-    "clip_qkv": None,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "multi_query_attention": None,
-    "rope": True,
-    "rope_full_precision": True,
-    "rope_scaling": None,
-    "scale_logits": False,
-    "sliding_window": None,
-    "weight_tying": False,
-}
+IMPLEMENTED = dict(
+    block_type="llama", block_group_size=1, activation_type="silu", weight_tying=False,
+    include_bias=False, include_qkv_bias=False, multi_query_attention=None, clip_qkv=None,
+    layer_norm_type="rms", layer_norm_with_affine=True, bias_for_layer_norm=False,
+    attention_layer_norm=False, input_emb_norm=False, scale_logits=False,
+    rope=True, rope_full_precision=True, rope_scaling=None, alibi=False, sliding_window=None,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

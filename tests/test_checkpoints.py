@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import asdict, fields, replace
 from itertools import cycle
 from pathlib import Path
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -13,7 +14,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from huggingface_hub.utils import filter_repo_objects
-from model import Config, Transformer, chat_prompt, load_tokenizer
+from model import Config, Transformer, chat_prompt, encode_prompt, load_tokenizer
 from tokenizers import Tokenizer, models
 
 import model as model_file
@@ -45,18 +46,17 @@ LLADA = json.loads("""{
     "scale_logits": false, "transformers_version": "4.46.3", "use_cache": false,
     "vocab_size": 126464, "weight_tying": false
 }""")
-TINY = LLADA | {
-    "d_model": 8,
-    "n_layers": 2,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "mlp_hidden_size": 6,
-    "vocab_size": 11,
-    "embedding_size": 12,
-    "max_sequence_length": 16,
-    "mask_token_id": 11,
-    "eos_token_id": 0,
-}
+TINY = LLADA | {"d_model": 8, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 6}
+TINY |= {"vocab_size": 11, "embedding_size": 12, "mask_token_id": 11, "eos_token_id": 0}
+
+# Key by key, what other models of the family do and this one does not.
+OTHER = {"activation_type": "gelu", "block_group_size": 2, "block_type": "sequential"}
+OTHER |= {"clip_qkv": 8.0, "layer_norm_type": "low_precision", "multi_query_attention": True}
+OTHER |= {"layer_norm_with_affine": False, "rope": False, "rope_full_precision": False}
+OTHER |= {"rope_scaling": {"type": "linear", "factor": 2.0}, "sliding_window": 4096}
+OTHER |= {"alibi": True, "attention_layer_norm": True, "bias_for_layer_norm": True}
+OTHER |= {"include_bias": True, "include_qkv_bias": True, "input_emb_norm": True}
+OTHER |= {"scale_logits": True, "weight_tying": True}
 
 
 def tensor_shapes(config):
@@ -157,29 +157,16 @@ def test_links_as_in_the_cache_of_the_hub_are_followed(tmp_path, n_shards):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float64])
-def test_tensors_read_become_parameters_uncopied(tmp_path, monkeypatch, dtype):
-    read, places = model_file.read_tensors, {}
-
-    def recording(*args):
-        for name, tensor in read(*args):
-            places[name] = tensor.data_ptr()
-            yield name, tensor
-
-    monkeypatch.setattr(model_file, "read_tensors", recording)
-    loaded = Transformer.from_pretrained(write_checkpoint(tmp_path), dtype=dtype)
-    assert places == {PREFIX + name: p.data_ptr() for name, p in loaded.named_parameters()}
-
-
-def test_the_model_holds_no_memory_before_the_tensors_come(tmp_path, monkeypatch):
-    check, devices = model_file.check_tensors, set()
+def test_tensors_read_become_parameters_of_an_empty_model_uncopied(tmp_path, monkeypatch, dtype):
+    check, read = model_file.check_tensors, {}
 
     def recording(found, expected, folder):
-        devices.update(tensor.device.type for tensor in expected.values())
         check(found, expected, folder)
+        read.update({name: (expected[name].device.type, found[name].data_ptr()) for name in found})
 
     monkeypatch.setattr(model_file, "check_tensors", recording)
-    Transformer.from_pretrained(write_checkpoint(tmp_path))
-    assert devices == {"meta"}
+    loaded = Transformer.from_pretrained(write_checkpoint(tmp_path), dtype=dtype)
+    assert read == {PREFIX + name: ("meta", p.data_ptr()) for name, p in loaded.named_parameters()}
 
 
 # config.json
@@ -190,9 +177,7 @@ def test_the_model_holds_no_memory_before_the_tensors_come(tmp_path, monkeypatch
     [
         {},
         {"attention_dropout": 0.5, "init_device": "cuda", "pad_token_id": None, "use_cache": True},
-        {"multi_query_attention": False},
-        {"rope_theta": 500000},
-        {"unheard_of": {"a": [1, 2]}},
+        {"multi_query_attention": False, "rope_theta": 500000, "unheard_of": {"a": [1, 2]}},
     ],
 )
 def test_a_config_that_changes_no_logit_of_llada_8b_is_accepted(tmp_path, change):
@@ -201,30 +186,7 @@ def test_a_config_that_changes_no_logit_of_llada_8b_is_accepted(tmp_path, change
     assert Config.from_json(tmp_path / "config.json") == expected
 
 
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("activation_type", "gelu"),
-        ("alibi", True),
-        ("attention_layer_norm", True),
-        ("bias_for_layer_norm", True),
-        ("block_group_size", 2),
-        ("block_type", "sequential"),
-        ("clip_qkv", 8.0),
-        ("include_bias", True),
-        ("include_qkv_bias", True),
-        ("input_emb_norm", True),
-        ("layer_norm_type", "low_precision"),
-        ("layer_norm_with_affine", False),
-        ("multi_query_attention", True),
-        ("rope", False),
-        ("rope_full_precision", False),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("scale_logits", True),
-        ("sliding_window", 4096),
-        ("weight_tying", True),
-    ],
-)
+@pytest.mark.parametrize("key, value", OTHER.items())
 def test_what_is_not_implemented_is_refused_by_key_and_value(tmp_path, key, value):
     message = refusal(write_checkpoint(tmp_path, TINY | {key: value}))
     assert message.startswith(f"{tmp_path / 'config.json'}: {key} is {value!r}, but only")
@@ -238,31 +200,18 @@ def test_all_missing_keys_are_named_at_once(tmp_path, lost):
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    "key, value, complaint",
     [
-        ("d_model", None),
-        ("n_layers", "2"),
-        ("n_heads", True),
-        ("mlp_hidden_size", 6.0),
-        ("vocab_size", float("nan")),
-        ("n_kv_heads", 0),
-        ("eos_token_id", -1),
-        ("max_sequence_length", 2**31),
-        ("rope_theta", 0),
-        ("rope_theta", float("nan")),
-        ("rms_norm_eps", float("inf")),
-        ("rms_norm_eps", "1e-5"),
-    ],
-)
-def test_a_number_that_no_model_can_have_is_refused(tmp_path, field, value):
-    message = refusal(write_checkpoint(tmp_path, TINY | {field: value}))
-    assert message.startswith(f"{tmp_path / 'config.json'}: {field} is {value!r}, should be")
-
-
-@pytest.mark.parametrize(
-    "field, value, complaint",
-    [
-        # Heads of 3 channels: rotary embedding takes them in pairs.
+        ("n_heads", "4", "n_heads is '4'"),
+        ("n_layers", True, "n_layers is True"),
+        ("n_kv_heads", 0, "n_kv_heads is 0"),
+        ("mlp_hidden_size", 6.0, "mlp_hidden_size is 6.0"),
+        ("max_sequence_length", 2**31, "max_sequence_length is 2147483648"),
+        ("eos_token_id", -1, "eos_token_id is -1"),
+        ("rms_norm_eps", None, "rms_norm_eps is None"),
+        ("rms_norm_eps", float("inf"), "rms_norm_eps is inf"),
+        ("rope_theta", float("nan"), "rope_theta is nan"),
+        ("rope_theta", 0, "rope_theta is 0"),
         ("d_model", 12, "d_model is 12, should be an even multiple of n_heads 4"),
         ("n_kv_heads", 3, "n_heads is 4, should be a multiple of n_kv_heads 3"),
         ("n_kv_heads", 8, "n_heads is 4, should be a multiple of n_kv_heads 8"),
@@ -271,9 +220,9 @@ def test_a_number_that_no_model_can_have_is_refused(tmp_path, field, value):
         ("vocab_size", 13, "vocab_size is 13, should be at most 12"),
     ],
 )
-def test_numbers_that_do_not_fit_each_other_are_refused(tmp_path, field, value, complaint):
-    message = refusal(write_checkpoint(tmp_path, TINY | {field: value}))
-    assert message == f"{tmp_path / 'config.json'}: {complaint}"
+def test_a_number_that_makes_no_transformer_is_refused(tmp_path, key, value, complaint):
+    message = refusal(write_checkpoint(tmp_path, TINY | {key: value}))
+    assert message.startswith(f"{tmp_path / 'config.json'}: {complaint}")
 
 
 # Tensors and arguments
@@ -282,7 +231,7 @@ def test_numbers_that_do_not_fit_each_other_are_refused(tmp_path, field, value, 
 def test_every_tensor_that_does_not_fit_is_listed(tmp_path):
     tensors = make_tensors()
     del tensors[PREFIX + "ln_f.weight"], tensors[PREFIX + "blocks.1.up_proj.weight"]
-    tensors["wte.weight"] = torch.zeros(12, 8)  # once overwrote the one with the prefix, or not
+    tensors["wte.weight"] = torch.zeros(12, 8)  # once taken for the one with the prefix
     tensors[PREFIX + "blocks.2.q_proj.weight"] = torch.zeros(8, 8)
     tensors[PREFIX + "blocks.0.q_proj.bias"] = torch.zeros(8)
     tensors[PREFIX + "wte.weight"] = torch.zeros(13, 8)
@@ -320,13 +269,16 @@ def test_mixed_dtypes_are_refused_unless_one_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argument, value",
-    [("dtype", torch.int32), ("dtype", "float32"), ("device", "foo"), ("device", "cuda:99")],
+    "arguments, complaint",
+    [
+        ({"dtype": torch.int32}, "dtype is torch.int32"),
+        ({"dtype": "float32"}, "dtype is float32"),
+        ({"device": "foo"}, "device is 'foo'"),
+        ({"device": "cuda:99"}, "device is 'cuda:99'"),
+    ],
 )
-def test_an_argument_out_of_the_question_is_named(tmp_path, argument, value):
-    message = refusal(write_checkpoint(tmp_path), **{argument: value})
-    shown = value if argument == "dtype" else repr(value)
-    assert message.startswith(f"{argument} is {shown}, should be")
+def test_a_dtype_or_device_out_of_the_question_is_named(tmp_path, arguments, complaint):
+    assert refusal(write_checkpoint(tmp_path), **arguments).startswith(complaint)
 
 
 # Files
@@ -392,25 +344,13 @@ def test_no_file_outside_the_folder_is_opened(tmp_path, monkeypatch, shard):
 
 
 def test_only_json_and_safetensors_are_downloaded(tmp_path, monkeypatch):
-    folder, calls = write_checkpoint(tmp_path), []
-
-    def download(repo_id, **arguments):
-        calls.append((repo_id, arguments))
-        return str(folder)
-
+    download = Mock(return_value=str(write_checkpoint(tmp_path)))
     monkeypatch.setattr(model_file, "snapshot_download", download)
     assert holds(Transformer.from_pretrained("GSAI-ML/LLaDA-8B-Instruct"), make_tensors())
-    [(repo_id, arguments)] = calls
     data = ["config.json", "model-00001-of-00006.safetensors", INDEX]
     other = ["modeling_llada.py", "pytorch_model.bin", "README.md", "a.pkl", "json.exe"]
-    assert repo_id == "GSAI-ML/LLaDA-8B-Instruct"
-    assert list(filter_repo_objects(data + other, **arguments)) == data
-
-
-@pytest.mark.parametrize("form", [str, Path])
-def test_a_local_folder_asks_nothing_of_the_hub(tmp_path, monkeypatch, form):
-    monkeypatch.setattr(model_file, "snapshot_download", None)
-    assert holds(Transformer.from_pretrained(form(write_checkpoint(tmp_path))), make_tensors())
+    assert download.call_args.args == ("GSAI-ML/LLaDA-8B-Instruct",)
+    assert list(filter_repo_objects(data + other, **download.call_args.kwargs)) == data
 
 
 @pytest.mark.parametrize("load", [Transformer.from_pretrained, load_tokenizer])
@@ -425,9 +365,7 @@ def test_what_is_neither_folder_nor_repository_is_named(tmp_path, monkeypatch, l
 
 @pytest.mark.parametrize("kind", [OSError, RuntimeError])
 def test_a_download_that_fails_names_repository_and_reason(monkeypatch, kind):
-    def download(*args, **arguments):
-        raise kind("the reason\nand a page of advice")
-
+    download = Mock(side_effect=kind("the reason\nand a page of advice"))
     monkeypatch.setattr(model_file, "snapshot_download", download)
     message = refusal("some/model")
     assert message.startswith("'some/model' is") and message.endswith("the reason")
@@ -468,7 +406,20 @@ def test_a_conversation_is_told_turn_by_turn_as_in_the_template_of_llada():
     )
 
 
-def test_a_prompt_leaves_the_messages_as_they_are():
-    messages = [{"role": "user", "content": " Hi. "}]
-    chat_prompt(messages)
-    assert messages == [{"role": "user", "content": " Hi. "}]
+def test_the_chat_prompt_is_the_canonical_one():
+    """The text whose ids LLaDA's authors publish: two newlines behind a header, none before one."""
+    question = (
+        "Lily can run 12 kilometers per hour for 4 hours. After that, she runs 6 kilometers per "
+        "hour. How many kilometers can she run in 8 hours?"
+    )
+    assert chat_prompt([{"role": "user", "content": f" {question}\n"}]) == (
+        f"<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+@pytest.mark.parametrize("header", ["<|start_header_id|>", "<|something_else|>"])
+def test_a_prompt_is_put_into_the_chat_template_if_the_tokenizer_has_its_tokens(header):
+    template = chat_prompt([{"role": "user", "content": "Why?"}])
+    tokenizer = Tokenizer(models.WordLevel({"Why?": 7, template: 8, header: 9}, unk_token="Why?"))
+    assert encode_prompt(tokenizer, "Why?").tolist() == [[8 if "start" in header else 7]]

@@ -1,8 +1,10 @@
 """The laws that a GPU could break: the same decodes on CUDA, where the fast kernels run."""
 
+import warnings
+
 import pytest
 import torch
-from d2cache import D2Cache, DualCache, PrefixCache, RecomputeAll, generate
+from d2cache import CudaGraphs, D2Cache, DualCache, PrefixCache, RecomputeAll, generate
 
 from strategies import ModelSpec
 
@@ -16,11 +18,15 @@ def decode(model, policy, **arguments):
     random, confidences = torch.Generator().manual_seed(1), []
     prompt = torch.randint(0, 19, (3, PROMPT_LENGTH), generator=random).cuda()
     observe = lambda state, chosen: confidences.append(state.confidence)  # noqa: E731
-    return generate(model, prompt, GEN_LENGTH, policy=policy, on_step=observe, **arguments), confidences
+    return generate(
+        model, prompt, GEN_LENGTH, policy=policy, on_step=observe, **arguments
+    ), confidences
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("arguments", [{}, {"sigma": 4.0}, {"block_length": 8, "tokens_per_step": 2}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"sigma": 4.0}, {"block_length": 8, "tokens_per_step": 2}]
+)
 @pytest.mark.parametrize("seed", range(5))
 def test_full_refresh_is_vanilla_bit_for_bit(dtype, arguments, seed):
     model = ModelSpec(**SPEC, seed=seed, dtype=dtype).build().cuda()
@@ -37,3 +43,39 @@ def test_float64_decodes_to_the_tokens_of_the_cpu(policy):
     prompt = torch.randint(0, 19, (3, PROMPT_LENGTH), generator=random)
     expected = generate(model, prompt, GEN_LENGTH, 8, policy=policy)
     assert torch.equal(generate(model.cuda(), prompt, GEN_LENGTH, 8, policy=policy).cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("policy", [RecomputeAll(), PrefixCache(), DualCache(), D2Cache(k=4)])
+def test_graphs_decode_what_separate_launches_decode(policy, dtype):
+    """Also when the graphs, and the cache they know, are used again."""
+    model = ModelSpec(**SPEC, seed=4, dtype=dtype).build().cuda()
+    graphs = CudaGraphs(model)
+    expected, _ = decode(model, policy, block_length=8)
+    for _ in range(2):
+        assert torch.equal(decode(model, policy, block_length=8, graphs=graphs)[0], expected)
+
+
+def test_a_replayed_step_waits_for_the_gpu_once():
+    model = ModelSpec(**SPEC, seed=4, dtype=torch.bfloat16).build().cuda()
+    graphs, policy = CudaGraphs(model), D2Cache(k=4)
+    decode(model, policy, graphs=graphs)
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        decode(model, policy, graphs=graphs)
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
+    assert GEN_LENGTH <= len(waits) <= GEN_LENGTH + 8  # and a few to check the prompt
+
+
+def test_the_first_step_of_4096_positions_needs_little_beside_the_maps():
+    """Eight heads at once would take 537 MB a layer in float32; the slices take a few."""
+    spec = ModelSpec(2, 8, 1, 32, 40, seed=0, dtype=torch.bfloat16)
+    model, tokens = spec.build().cuda(), torch.ones(1, 4096, dtype=torch.long).cuda()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _, maps = model(tokens, return_attention=True)
+    assert torch.cuda.max_memory_allocated() - before < maps.nbytes + 400 * 2**20
