@@ -9,7 +9,7 @@ so one forward pass and one decoding loop serve them all.
 
 Paper: arXiv 2509.23094, "d2Cache: Accelerating Diffusion-Based LLMs via Dual Adaptive Caching";
 equation numbers are its first version's. Shape letters as in model.py: B sequences, T positions,
-P of them prompt, Q recomputed, L layers, V vocabulary; and R <= Q recomputed and still masked.
+P of them prompt, Q recomputed, R of these masked, L layers, V vocabulary.
 """
 
 import argparse
@@ -235,11 +235,12 @@ def count(chosen, state, left, policy):
     if a sequence has none though masked positions of its block are `left`.
     """
     masked, name = chosen & ~state.known, type(policy).__name__
-    in_row = torch.stack([chosen.sum(1), masked.sum(1), masked[:, state.block].sum(1)]).tolist()
-    idle = [b for b, (n, candidates) in enumerate(zip(left, in_row[2])) if n and not candidates]
+    sums = chosen.sum(dim=1), masked.sum(dim=1), masked[:, state.block].sum(dim=1)
+    chosen, masked, candidates = torch.stack(sums).tolist()
+    idle = [b for b, n in enumerate(left) if n and not candidates[b]]
     place = f"block {state.block.start}:{state.block.stop} in step {state.step}, sequences {idle}"
     require(not idle, f"policy {name} chose no masked position of the unfinished {place}")
-    return max(in_row[0]), max(in_row[1]), in_row[2]
+    return max(chosen), max(masked), candidates
 
 
 def pack(chosen, masked, Q):
@@ -276,6 +277,7 @@ def recompute(model, cache, tokens, positions, valid, R, uses_attention):
 
 
 def new_cache(model, B, T):
+    """An empty cache in the model's precision, on its device."""
     weight = model.wte.weight
     return KVCache(model.config, B, T, weight.device, weight.dtype)
 
@@ -283,16 +285,18 @@ def new_cache(model, B, T):
 class CudaGraphs:
     """Replays `recompute` as CUDA graphs: one launch a step where there were a thousand.
 
-    A graph fixes sizes and addresses. So Q and R are rounded up to multiples of BUCKET (`pack`
+    A graph fixes sizes and addresses. So Q and R are rounded up to multiples of `bucket` (`pack`
     fills up with repeats, which change no result), each pair gets a graph when it first occurs,
     inputs are copied into the graph's own, and all decodes of one shape share a cache. Pass the
     same object to many calls of `generate`: it has captured most sizes after the first.
     """
 
-    BUCKET = 32
+    def __init__(self, model, bucket=32):
+        self.model, self.bucket = model, bucket
+        self.caches, self.graphs, self.pool = {}, {}, None
 
-    def __init__(self, model):
-        self.model, self.caches, self.graphs = model, {}, {}
+    def round_up(self, n, most):
+        return min(most, math.ceil(n / self.bucket) * self.bucket)
 
     def cache(self, B, T):
         if (B, T) not in self.caches:
@@ -312,10 +316,14 @@ class CudaGraphs:
         return outputs
 
     def capture(self, run):
-        """A graph of what run() launches, and the tensors that a replay leaves its results in."""
+        """A graph of what run() launches, and the tensors that a replay leaves its results in.
+
+        Graphs share their memory: the results of one are used up before the next is replayed.
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):
             outputs = run()
+        self.pool = graph.pool()
         return graph, outputs
 
 
@@ -333,11 +341,11 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
     Raises ValueError for arguments out of range and for a policy that leaves nothing to commit.
     """
     prompt = check_arguments(model, prompt, gen_length, block_length, tokens_per_step, sigma)
+    require(not graphs or graphs.model is model, "graphs are of another model, should be of this")
     (B, P), T = prompt.shape, prompt.shape[1] + gen_length
     block_length = block_length or gen_length
     state = blank_canvas(model, prompt, gen_length)
     cache = graphs.cache(B, T) if graphs else new_cache(model, B, T)
-    bucket = graphs.BUCKET if graphs else 1
 
     for start in range(P, T, block_length):
         state = replace(state, block=slice(start, start + block_length))
@@ -346,7 +354,7 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
             chosen = choose(policy, state)
             Q, R, candidates = count(chosen, state, left, policy)
             masked, wait = chosen & ~state.known, block_done(state)
-            Q, R = min(T, math.ceil(Q / bucket) * bucket), min(T, math.ceil(R / bucket) * bucket)
+            Q, R = (graphs.round_up(Q, T), graphs.round_up(R, T)) if graphs else (Q, R)
             positions, valid = pack(chosen, masked, Q)
             rows = positions[:, :R]  # pack puts the masked ones first
 
@@ -393,12 +401,12 @@ def settings(gen_length):
 def main():
     """Print the decoded answer to a prompt; a mistake ends in one line and exit code 2."""
     parser = argparse.ArgumentParser(description=main.__doc__, usage=argparse.SUPPRESS)
-    parser.add_argument("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub id")
-    parser.add_argument("--prompt", default=EXAMPLE, help="the user's text")
-    parser.add_argument("--policy", default="d2cache", choices=settings(1), help="the cache")
-    parser.add_argument("--gen-length", default=64, type=int, help="tokens to decode")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="where torch computes")
+    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub id")
+    add("--prompt", default=EXAMPLE, help="the user's text")
+    add("--policy", default="d2cache", choices=settings(1), help="which positions to recompute")
+    add("--gen-length", default=64, type=int, help="tokens to decode")
+    add("--device", default=device, help="where torch computes")
     args = parser.parse_args()
 
     shares = []
@@ -413,8 +421,8 @@ def main():
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
     print(decode_response(tokenizer, tokens[0, prompt.shape[1] :], model.config.eos_token_id))
-    share = sum(shares) / len(shares)
-    print(f"{len(shares)} forwards, {share:.1%} of positions recomputed", file=sys.stderr)
+    work = f"{len(shares)} forwards, {sum(shares) / len(shares):.1%} of positions recomputed"
+    print(work, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,6 @@ class Replay:
 class Replays(CudaGraphs):
     """CudaGraphs for a machine without CUDA: sizes, buffers and caches are the real ones."""
 
-    def __init__(self, model, bucket):
-        super().__init__(model)
-        self.BUCKET = bucket
-
     def capture(self, run):
         outputs = tuple(torch.zeros_like(tensor) for tensor in run())
         return Replay(run, outputs), outputs

@@ -1,13 +1,16 @@
 """Train the embedded model: `python tests/tiny/train.py` (about half an hour on one CPU core).
 
 LLaDA's objective on the word problems of problems.py: draw t ~ U(0, 1), mask every token of the
-response with probability t, and minimise cross-entropy on the masked tokens / t. Three things make
+response with probability t, and minimise cross-entropy on the masked tokens / t. Four things make
 a model of 0.8 M parameters learn this in minutes, not hours:
   - an initialisation that copies: keys resemble queries, values pass through, the head resembles
     the embedding. Word problems are mostly copying.
   - a curriculum: 1-2 events in a problem, then 2-3, then 3-5.
   - drills: now and then the masks are not random but hide what takes arithmetic, the results of
     equations together with every copy from which they could be read off.
+  - a polish at the end, where some masks hide all that follows a token. Random masks never do, so
+    without it the model fails in left-to-right order: it had learned to read the sign of an
+    equation off its result.
 The schedule counts steps and everything is seeded: one machine, one model.
 """
 
@@ -44,6 +47,7 @@ from problems import (  # noqa: E402
 STEPS, BATCH = 7600, 16
 MUON_LR, ADAMW_LR, WEIGHT_DECAY = 0.02, 3e-3, 0.05
 WARM_UP_STEPS, DECAY_FROM = 60, 0.35  # the rate falls linearly over the last 65 % of the steps
+POLISH_STEPS, POLISH_PEAK, POLISH_SEED = 400, 0.25, 5  # the peak as a share of the rates above
 LEAST_T = 1 / RESPONSE_LENGTH
 DRILL_LENGTH = 110
 
@@ -116,10 +120,12 @@ class Problems:
                 return tokens, len(prompt)
 
 
-def cross_entropy(model, tokens, masked):
-    """-log p of the tokens hidden by `masked` (B, T), as one vector."""
+def weighted_loss(model, tokens, masked, weight):
+    """Sum of weight x cross-entropy over all tokens (B, T) that have a weight; `masked` are hidden."""
     hidden, _ = model.trunk(torch.where(masked, MASK, tokens))
-    return F.cross_entropy(model.head(hidden[masked]), tokens[masked], reduction="none")
+    graded = weight > 0
+    loss = F.cross_entropy(model.head(hidden[graded]), tokens[graded], reduction="none")
+    return (loss * weight[graded]).sum()
 
 
 def diffusion_loss(model, tokens, prompt_length):
@@ -132,8 +138,13 @@ def diffusion_loss(model, tokens, prompt_length):
     t = t.clamp_min(LEAST_T)[:, None]
     response = torch.arange(T) >= prompt_length
     masked = response & (torch.rand(B, T) < t)
-    weight = (1 / t).expand(B, T)[masked]
-    return (cross_entropy(model, tokens, masked) * weight).sum() / (B * (T - prompt_length))
+    return weighted_loss(model, tokens, masked, masked / t) / (B * (T - prompt_length))
+
+
+def drill_loss(model, tokens, weight, masked=None):
+    """Mean cross-entropy by weight (B, T); hidden is `masked`, by default all that has a weight."""
+    masked = weight > 0 if masked is None else masked
+    return weighted_loss(model, tokens, masked, weight) / weight.sum()
 
 
 def equations_drill(rng, tokenizer):
@@ -186,6 +197,21 @@ def chain_drill(rng, tokenizer, tokens, prompt_length, answer_only):
     return tokens, weight
 
 
+def suffix_drill(rng, tokens, prompt_length):
+    """Real problems as left-to-right decoding meets them: all hidden from some token of the answer on.
+
+    Random masks hardly ever look like that. The weight is on the ten tokens that come next, about
+    one equation.
+    """
+    weight, masked = torch.zeros(tokens.shape), torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, ids in enumerate(tokens.tolist()):
+        answer_length = len([id for id in ids[prompt_length:] if id != EOS])
+        first = prompt_length + rng.randrange(answer_length)
+        masked[row, first:] = True
+        weight[row, first : first + 10] = 1.0
+    return tokens, weight, masked
+
+
 def step_loss(model, problems, rng, progress):
     """What one step trains, and its loss: mostly diffusion, now and then a drill, by the curriculum."""
     stage = next(stage for stage in CURRICULUM if progress < stage[0])
@@ -198,9 +224,18 @@ def step_loss(model, problems, rng, progress):
     else:
         batch = problems.batch(events, response_length)
         tokens, weight = chain_drill(rng, problems.tokenizer, *batch, kind == "answer")
-    masked = weight > 0
-    loss = cross_entropy(model, tokens, masked) * weight[masked]
-    return kind, loss.sum() / weight.sum()
+    return kind, drill_loss(model, tokens, weight)
+
+
+def polish_loss(model, problems, rng):
+    """What one step of the polish trains, and its loss."""
+    share, batch = rng.random(), problems.batch((3, 5), RESPONSE_LENGTH)
+    if share < 0.5:
+        return "diffusion", diffusion_loss(model, *batch)
+    if share < 0.75:
+        return "suffix", drill_loss(model, *suffix_drill(rng, *batch))
+    tokens, weight = chain_drill(rng, problems.tokenizer, *batch, answer_only=False)
+    return "problem", drill_loss(model, tokens, weight)
 
 
 def make_optimisers(model):
@@ -219,6 +254,32 @@ def rate(step):
     warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
     left = min(1.0, (1 - step / STEPS) / (1 - DECAY_FROM))
     return warm_up * (0.02 + 0.98 * left if left < 1 else 1.0)
+
+
+def polish_rate(step):
+    """The same for the polish: warm-up to its peak, then linear decay to 2 %."""
+    left = 1 - step / POLISH_STEPS
+    return min(1.0, 2 * (step + 1) / WARM_UP_STEPS) * (0.02 + (POLISH_PEAK - 0.02) * left)
+
+
+def train(model, steps, rate, loss_of_step):
+    """Take `steps` steps with fresh optimisers; loss_of_step(step) gives (kind, loss)."""
+    optimisers, averages, cpu_start = make_optimisers(model), {}, time.process_time()
+    full_rates = [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
+    for step in tqdm(range(steps), unit="step"):
+        for optimiser, full in zip(optimisers, full_rates):
+            optimiser.param_groups[0]["lr"] = full * rate(step)
+        kind, loss = loss_of_step(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        averages[kind] = 0.97 * averages.get(kind, loss.item()) + 0.03 * loss.item()
+        if step % 100 == 99:
+            losses = "  ".join(f"{kind} {value:.3f}" for kind, value in sorted(averages.items()))
+            minutes = (time.process_time() - cpu_start) / 60
+            print(f"step {step + 1:5d}  {minutes:5.1f} CPU minutes  {losses}", flush=True)
 
 
 def save_tensors(tensors, path):
@@ -246,31 +307,22 @@ def save(model, tokenizer):
     tokenizer.save(str(HERE / "tokenizer.json"))
 
 
+def polish(model, tokenizer):
+    """Left-to-right states among the random ones, from seeds of its own."""
+    torch.manual_seed(POLISH_SEED)
+    rng = random.Random(POLISH_SEED)
+    problems = Problems(rng, tokenizer)
+    train(model, POLISH_STEPS, polish_rate, lambda step: polish_loss(model, problems, rng))
+
+
 def main():
     torch.set_num_threads(1)
     torch.manual_seed(TRAIN_SEED)
-    rng = random.Random(TRAIN_SEED)
-    tokenizer = make_tokenizer()
-    problems = Problems(rng, tokenizer)
-    model = Transformer(CONFIG)
+    rng, tokenizer = random.Random(TRAIN_SEED), make_tokenizer()
+    problems, model = Problems(rng, tokenizer), Transformer(CONFIG)
     initialise(model)
-    optimisers = make_optimisers(model)
-    full_rates = [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
-    averages, cpu_start = {}, time.process_time()
-    for step in tqdm(range(STEPS), unit="step"):
-        for optimiser, full in zip(optimisers, full_rates):
-            optimiser.param_groups[0]["lr"] = full * rate(step)
-        kind, loss = step_loss(model, problems, rng, step / STEPS)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        averages[kind] = 0.97 * averages.get(kind, loss.item()) + 0.03 * loss.item()
-        if step % 100 == 99:
-            losses = "  ".join(f"{kind} {value:.3f}" for kind, value in sorted(averages.items()))
-            minutes = (time.process_time() - cpu_start) / 60
-            print(f"step {step + 1:5d}  {minutes:5.1f} CPU minutes  {losses}", flush=True)
+    train(model, STEPS, rate, lambda step: step_loss(model, problems, rng, step / STEPS))
+    polish(model, tokenizer)
     save(model, tokenizer)
 
 
