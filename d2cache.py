@@ -7,9 +7,8 @@ the cache. d2Cache answers with (1) the masked positions about to be decoded, by
 just before. Uncached decoding, prefix cache and dual cache are other answers to the same question,
 so one forward pass and one decoding loop serve them all.
 
-Paper: arXiv 2509.23094, "d2Cache: Accelerating Diffusion-Based LLMs via Dual Adaptive Caching";
-equation numbers are its first version's. Shape letters as in model.py: B sequences, T positions,
-P of them prompt, Q recomputed, R of these masked, L layers, V vocabulary.
+Paper: arXiv 2509.23094; equation numbers are its first version's. Shape letters as in model.py:
+B sequences, T positions, P of them prompt, Q recomputed, R of these masked, L layers, V vocabulary.
 """
 
 import argparse
@@ -120,11 +119,6 @@ def in_block(state):
     return inside
 
 
-def block_starts(state):
-    """Sequences of whose current block nothing is decoded yet.  (B, 1) bool"""
-    return ~state.known[:, state.block].any(dim=1, keepdim=True)
-
-
 def block_done(state):
     """Sequences whose current block is decoded.  (B, 1) bool"""
     return state.known[:, state.block].all(dim=1, keepdim=True)
@@ -145,8 +139,9 @@ class PrefixCache:
     uses_attention = False
 
     def choose(self, state):
+        starts = ~state.known[:, state.block].any(dim=1, keepdim=True)
         positions = torch.arange(state.known.shape[1], device=state.known.device)
-        return block_starts(state) | (positions >= state.block.start)
+        return starts | (positions >= state.block.start)
 
 
 class DualCache:
@@ -155,7 +150,8 @@ class DualCache:
     uses_attention = False
 
     def choose(self, state):
-        return block_starts(state) | in_block(state)
+        starts = ~state.known[:, state.block].any(dim=1, keepdim=True)
+        return starts | in_block(state)
 
 
 @dataclass(frozen=True)
@@ -223,8 +219,8 @@ def choose(policy, state):
         return torch.ones_like(state.known)
     chosen, shape = policy.choose(state), tuple(state.known.shape)
     said = f"policy {type(policy).__name__} chose {tuple(chosen.shape)} {chosen.dtype}"
-    valid = chosen.dtype == torch.bool and chosen.shape == shape
-    require(valid, f"{said}, should be {shape} torch.bool")
+    matches = chosen.dtype == torch.bool and chosen.shape == shape
+    require(matches, f"{said}, should be {shape} torch.bool")
     return state.fresh.where(block_done(state), chosen)
 
 
@@ -286,9 +282,8 @@ class CudaGraphs:
     """Replays `recompute` as CUDA graphs: one launch a step where there were a thousand.
 
     A graph fixes sizes and addresses. So Q and R are rounded up to multiples of `bucket` (`pack`
-    fills up with repeats, which change no result), each pair gets a graph when it first occurs,
-    inputs are copied into the graph's own, and all decodes of one shape share a cache. Pass the
-    same object to many calls of `generate`: it has captured most sizes after the first.
+    fills up with repeats, which change no result), each pair gets a graph when it first occurs, and
+    all decodes of one shape share a cache. Keep the object: later decodes find their graphs.
     """
 
     def __init__(self, model, bucket=32):
@@ -316,11 +311,9 @@ class CudaGraphs:
         return outputs
 
     def capture(self, run):
-        """A graph of what run() launches, and the tensors that a replay leaves its results in.
-
-        Graphs share their memory: the results of one are used up before the next is replayed.
-        """
+        """A graph of what run() launches, and the tensors that a replay leaves its results in."""
         graph = torch.cuda.CUDAGraph()
+        # Sharing memory is safe: the results of one graph are used up before the next is replayed.
         with torch.cuda.graph(graph, pool=self.pool):
             outputs = run()
         self.pool = graph.pool()
@@ -383,10 +376,9 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
 
 
 def settings(gen_length):
-    """Arguments of `generate` by policy name, to suit the length of the response.
+    """Arguments of `generate` by policy name; k and sigma in proportion to the paper's 256 tokens.
 
-    The paper's k = 32 and sigma = 10 belong to 256 tokens and scale with them: a window much wider
-    than k would spread stage 1 too thin. Fast-dLLM's caches work in blocks.
+    (A window much wider than k would spread stage 1 too thin.) Fast-dLLM's caches work in blocks.
     """
     k, sigma = max(1, gen_length // 8), 10 * gen_length / 256
     block_length = math.gcd(gen_length, 32 if gen_length >= 128 else 16)
@@ -421,8 +413,8 @@ def main():
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
     print(decode_response(tokenizer, tokens[0, prompt.shape[1] :], model.config.eos_token_id))
-    work = f"{len(shares)} forwards, {sum(shares) / len(shares):.1%} of positions recomputed"
-    print(work, file=sys.stderr)
+    share = f"{sum(shares) / len(shares):.1%}"
+    print(f"{len(shares)} forwards, {share} of positions recomputed", file=sys.stderr)
 
 
 if __name__ == "__main__":

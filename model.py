@@ -156,14 +156,14 @@ def attention_map(q, k):
 
     In slices of MAP_ROWS rows: all heads at once would be H * Q * T numbers.
     """
-    H, G, D = q.shape[2], k.shape[2], q.shape[3]
-    k = k.repeat_interleave(H // G, dim=2).permute(0, 2, 3, 1)  # (B, T, G, D) -> (B, H, D, T)
+    G, D = k.shape[2:]
     wide = torch.promote_types(q.dtype, torch.float32)
     slices = []
-    for rows in q.transpose(1, 2).split(MAP_ROWS, dim=2):
-        weights = torch.softmax(rows @ k * D**-0.5, dim=-1, dtype=wide)  # (B, H, rows, T)
-        slices.append(weights.mean(dim=1))
-    return torch.cat(slices, dim=1)
+    for rows in q.split(MAP_ROWS, dim=1):
+        rows = rows.unflatten(2, (G, -1))  # (B, rows, H, D) -> (B, rows, G, H / G, D)
+        scores = torch.einsum("bqghd,btgd->bghqt", rows * D**-0.5, k)
+        slices.append(torch.softmax(scores, dim=-1, dtype=wide).mean(dim=(1, 2)))
+    return torch.cat(slices, dim=1)  # (B, Q, T)
 
 
 class Block(nn.Module):

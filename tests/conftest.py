@@ -1,4 +1,4 @@
-"""Settings for the whole suite: import path, one torch thread, hypothesis profiles, the gpu marker."""
+"""Settings for all tests: import path, one torch thread, hypothesis profiles, the gpu marker."""
 
 import os
 import sys

@@ -26,7 +26,7 @@ def rope(x, position, theta):
 
 
 def forward(weights, config, tokens, positions, memory):
-    """Recompute `positions` of one sequence: {position: logits}, [{position: attention row}] by layer.
+    """Recompute `positions` of one sequence: {position: logits}, and by layer {position: attention}.
 
     memory[layer, position] = (keys, values), a list of vectors by key/value head each, is updated.
     """
@@ -100,7 +100,7 @@ def nucleus(scores, p, among):
 
 
 def decode(model, State, prompt, gen_length, block_length, tokens_per_step, policy, sigma):
-    """`generate` for one prompt (a list): the tokens, and after each step (confidence, influence)."""
+    """`generate` for one prompt, a list: tokens, and (confidence, influence) after each step."""
     weights, config = model.state_dict(), model.config
     mask, P, T = config.mask_token_id, len(prompt), len(prompt) + gen_length
     tokens, known = prompt + [mask] * gen_length, [True] * P + [False] * gen_length

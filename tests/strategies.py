@@ -1,4 +1,4 @@
-"""What the tests draw: shapes of models, canvases, policies. Drawn things print as what they are."""
+"""What the tests draw: models, canvases, policies. Drawn things print as what they are."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Decoding by replays with rounded-up sizes against decoding step by step, and what passes the head."""
+"""Decoding by replays of rounded-up sizes against decoding launch by launch; the head's work."""
 
 import pytest
 import torch

@@ -60,7 +60,7 @@ def test_a_mistake_costs_one_line_and_exit_code_2(program, arguments, message):
 
 
 def table(lines, title):
-    """The rows under `title`, as {first cell: other cells}; cells stand two or more spaces apart."""
+    """The rows under `title`, {first cell: other cells}; cells stand two or more spaces apart."""
     start = next(i for i, line in enumerate(lines) if line.startswith(title))
     rows = {}
     for line in lines[start + 3 :]:
@@ -73,9 +73,9 @@ def table(lines, title):
 
 def test_bench_py_prints_both_tables_and_writes_the_same_numbers(tmp_path):
     file = tmp_path / "numbers.json"
-    sizes = ["--problems", 2, "--prompt-length", 24, "--gen-length", 16]
+    sizes = ["--problems", 2, "--prompt-length", 24, "--gen-length", 8, "--batch", 1]
     data = tmp_path / "data.jsonl"
-    data.write_text(json.dumps({"question": QUESTION, "answer": "30 + 5 = 35. #### 35"}) + "\n" * 2)
+    data.write_text(2 * (json.dumps({"question": QUESTION, "answer": "#### 35"}) + "\n"))
     result = run("bench.py", "--data", data, *sizes, "--json", file)
     assert result.returncode == 0, result.stderr
     lines, numbers = result.stdout.splitlines(), json.loads(file.read_text())
@@ -84,6 +84,7 @@ def test_bench_py_prints_both_tables_and_writes_the_same_numbers(tmp_path):
         printed = table(lines, title)
         assert list(printed) == [row["policy"].strip() for row in rows]
         for row in rows:
+            row.pop("prompt", None)  # stands above the table
             for cell, (column, value) in zip(printed[row.pop("policy").strip()], row.items()):
                 shown = (
                     None if cell == "-" else float(cell.strip("x%")) / (100 if "%" in cell else 1)
@@ -91,7 +92,7 @@ def test_bench_py_prints_both_tables_and_writes_the_same_numbers(tmp_path):
                 assert shown == pytest.approx(value, rel=0.01, abs=0.06), column
     for vanilla in numbers["quality"][:3]:
         assert (
-            vanilla["recomputed"] == 1 and vanilla["forwards"] == 16 and vanilla["same text"] == 1
+            vanilla["recomputed"] == 1 and vanilla["forwards"] == 64 and vanilla["same text"] == 1
         )
 
 

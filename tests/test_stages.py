@@ -78,7 +78,7 @@ def test_prior_is_confidence_times_density(known, sigma):
 
 @st.composite
 def rollouts(draw):
-    """maps (L, B, Q, T) of random attention, distinct positions (B, Q), and which of them are valid."""
+    """maps (L, B, Q, T) of random attention, positions (B, Q), and which of these are valid."""
     L, B, T = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 9))
     Q = draw(st.integers(1, T))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))

@@ -1,10 +1,8 @@
-"""The embedded model and its word problems: what they promise, checked on problems of the test seed."""
+"""The embedded model and its word problems against what the README says of them."""
 
 import itertools
-import json
 import random
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +34,7 @@ def embedded():
 
 
 def solve(embedded, problems, arguments):
-    """The responses' texts; neighbours with equally long prompts as one batch, as problems.jsonl has them."""
+    """The responses' texts; neighbours with equally long prompts are one batch."""
     model, tokenizer = embedded
     prompts, texts = [encode_prompt(tokenizer, question) for question, _ in problems], []
     for _, batch in itertools.groupby(prompts, key=lambda prompt: prompt.shape[1]):
@@ -81,7 +79,7 @@ def test_checkpoint_fits_the_problems(embedded):
 
 
 def test_vanilla_decoding_solves_nine_of_ten_problems(embedded):
-    texts = solve(embedded, PROBLEMS[:80], {})
+    texts = solve(embedded, PROBLEMS[:48], {})
     right = [
         final_number(text) == final_number(answer) for text, (_, answer) in zip(texts, PROBLEMS)
     ]

@@ -39,7 +39,7 @@ def vocabulary():
 
 
 def make_tokenizer():
-    """A `tokenizers` tokenizer over `vocabulary`; it adds no special tokens and decodes losslessly."""
+    """A tokenizer over `vocabulary` that adds no special tokens and decodes losslessly."""
     ids = {text: id for id, text in enumerate(vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.add_special_tokens(SPECIAL_TOKENS)

@@ -121,7 +121,7 @@ class Problems:
 
 
 def weighted_loss(model, tokens, masked, weight):
-    """Sum of weight x cross-entropy over all tokens (B, T) that have a weight; `masked` are hidden."""
+    """Sum of weight x cross-entropy over the tokens (B, T) of any weight; hidden are `masked`."""
     hidden, _ = model.trunk(torch.where(masked, MASK, tokens))
     graded = weight > 0
     loss = F.cross_entropy(model.head(hidden[graded]), tokens[graded], reduction="none")
@@ -198,7 +198,7 @@ def chain_drill(rng, tokenizer, tokens, prompt_length, answer_only):
 
 
 def suffix_drill(rng, tokens, prompt_length):
-    """Real problems as left-to-right decoding meets them: all hidden from some token of the answer on.
+    """Real problems as left-to-right decoding meets them: all hidden from some token on.
 
     Random masks hardly ever look like that. The weight is on the ten tokens that come next, about
     one equation.
@@ -213,7 +213,7 @@ def suffix_drill(rng, tokens, prompt_length):
 
 
 def step_loss(model, problems, rng, progress):
-    """What one step trains, and its loss: mostly diffusion, now and then a drill, by the curriculum."""
+    """What one step trains, and its loss: mostly diffusion, now and then a drill."""
     stage = next(stage for stage in CURRICULUM if progress < stage[0])
     _, events, response_length, drill_rate, kinds = stage
     if rng.random() >= drill_rate:
@@ -283,7 +283,7 @@ def train(model, steps, rate, loss_of_step):
 
 
 def save_tensors(tensors, path):
-    """Write a dict of contiguous CPU tensors as safetensors; the library's `save_file` needs NumPy."""
+    """Write contiguous CPU tensors as safetensors; the library's `save_file` needs NumPy."""
     specs = {
         name: TensorSpec(
             dtype=str(tensor.dtype).removeprefix("torch."),
