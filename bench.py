@@ -4,7 +4,7 @@ Quality: the embedded model solves word problems it has not seen. Score, agreeme
 decoding in the same order, and how many positions were recomputed for it; with two controls that
 cost the same and replace one stage of d2Cache by chance. Speed: random weights at a size that suits
 the device, beside the floor: the time that reading the weights or the arithmetic takes at the rates
-measured here. With --model, a real checkpoint instead of both.
+measured here. With --model, the speed of a real checkpoint, and with --data too, its score.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from d2cache import EMBEDDED_MODEL, EXAMPLE, CudaGraphs, D2Cache, attention_rollout, best
 from d2cache import certainty_prior, generate, new_cache, pack, predict, settings
-from model import Config, Transformer, decode_response, encode_prompt, load_tokenizer
+from model import Config, Transformer, decode_response, encode_prompt, load_tokenizer, require
 
 import torch  # after model, which keeps its import quiet
 from huggingface_hub.utils import tqdm
@@ -27,20 +27,11 @@ from huggingface_hub.utils import tqdm
 RUNS, LONG_RUN = 3, 5.0  # time so many decodes, but only one if it takes longer (seconds)
 QUALITY_LENGTH = 64  # the response for which the embedded model is trained
 PROBLEMS = EMBEDDED_MODEL / "problems.jsonl"
-FORMAT = {  # of each column; what is not measured prints as "-"
-    "policy": "{}",
-    "exact match": "{:.1%}",
-    "same text": "{:.1%}",
-    "forwards": "{:.0f}",
-    "recomputed": "{:.1%}",
-    "ms per step": "{:.1f}",
-    "tokens/s": "{:.1f}",
-    "speed-up": "{:.2f}x",
-    "floor ms": "{:.1f}",
-    "x floor": "{:.1f}",
-    "peak GiB": "{:.1f}",
-    "runs": "{}",
-}
+
+QUALITY = ("policy", "exact match", "same text", "forwards", "recomputed")
+SPEED = ("policy", "forwards", "recomputed", "ms per step", "tokens/s", "speed-up")
+SPEED += ("floor ms", "x floor", "peak GiB", "runs")
+PERCENT = ("exact match", "same text", "recomputed")
 
 LLADA_8B_SHAPE = Config(
     d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288,
@@ -51,7 +42,7 @@ CPU_SHAPE = replace(  # an eighth as wide and a quarter as deep
     LLADA_8B_SHAPE, d_model=512, n_layers=8, n_heads=4, n_kv_heads=4, mlp_hidden_size=1536,
     vocab_size=15808, embedding_size=15808, mask_token_id=15792, eos_token_id=15760,
 )  # fmt: skip
-LLADA_8B_BYTES = 20e9  # 16 GB of weights, and the cache and the first step's maps beside them
+LLADA_8B_BYTES = 22e9  # weights 16 GB, cache 2.1, the first step's maps 2.1, and what is fleeting
 
 
 class RandomStage1(D2Cache):
@@ -100,11 +91,10 @@ def read_problems(path, n):
         except (ValueError, KeyError, TypeError) as error:
             shape = '{"question": ..., "answer": ...}'
             raise ValueError(f"{path}, line {number}: should be {shape}") from error
-        if final_number(answer) is None:
-            raise ValueError(f"{path}, line {number}: the answer {answer!r} ends in no number")
+        said = f"{path}, line {number}: the answer is {answer!r}, should end in #### and a number"
+        require(final_number(answer) is not None, said)
         problems.append((question, answer))
-    if not problems:
-        raise ValueError(f"{path}: holds no problems")
+    require(problems, f"{path}: holds no problems")
     return problems
 
 
@@ -118,8 +108,8 @@ def final_number(text):
 def decode(model, prompt, gen_length, arguments):
     """Tokens on the host, and the (state, chosen) of every step."""
     steps = []
-    observe = lambda state, chosen: steps.append((state, chosen))  # noqa: E731
-    return generate(model, prompt, gen_length, on_step=observe, **arguments).cpu(), steps
+    arguments = arguments | {"on_step": lambda state, chosen: steps.append((state, chosen))}
+    return generate(model, prompt, gen_length, **arguments).cpu(), steps
 
 
 def solve(model, tokenizer, questions, gen_length, arguments, progress):
@@ -137,7 +127,7 @@ def solve(model, tokenizer, questions, gen_length, arguments, progress):
         recomputed = torch.stack([chosen for _, chosen in steps])
         shares += recomputed.float().mean(dim=(0, 2)).tolist()
         progress.update(len(tokens))
-    return texts, forwards / len(questions), statistics.mean(shares)
+    return texts, forwards // len(questions), statistics.mean(shares)
 
 
 def measure_quality(model, tokenizer, problems, gen_length):
@@ -155,8 +145,7 @@ def measure_quality(model, tokenizer, problems, gen_length):
             same = [text == other for text, other in zip(texts, reference)]
             sample = texts[0] if name == "d2Cache" else sample
             values = name, statistics.mean(right), statistics.mean(same), *work
-            columns = "policy", "exact match", "same text", "forwards", "recomputed"
-            rows.append(dict(zip(columns, values)))
+            rows.append(dict(zip(QUALITY, values)))
     return rows, sample
 
 
@@ -204,75 +193,77 @@ def machine_rates(device, dtype):
 
 
 def floor_seconds(model, steps, rates):
-    """The least a step can take: reading every weight once or the arithmetic, whichever is more."""
+    """Mean over steps of the least each can take: to read all weights, or for the arithmetic."""
     config, (bandwidth, flops), T = model.config, rates, steps[0][1].shape[1]
-    Q = statistics.mean(chosen.sum().item() for _, chosen in steps)
-    R = statistics.mean((chosen & (~s.known | s.fresh)).sum().item() for s, chosen in steps)
     in_blocks = sum(weight.numel() for weight in model.blocks.parameters())
     in_head = model.ff_out.weight.numel()
     in_attention = 2 * config.n_layers * config.d_model * T  # query x key, weight x value
     read = (in_blocks + in_head) * model.wte.weight.element_size()
-    return max(read / bandwidth, 2 * ((in_blocks + in_attention) * Q + in_head * R) / flops)
+    seconds = []
+    for state, chosen in steps:
+        masked = chosen & (~state.known | state.fresh)  # before this step's commit
+        Q, R = chosen.sum().item(), masked.sum().item()
+        work = 2 * ((in_blocks + in_attention) * Q + in_head * R)
+        seconds.append(max(read / bandwidth, work / flops))
+    return statistics.mean(seconds)
+
+
+def time_decode(model, prompt, gen_length, arguments):
+    """Seconds of each timed decode, and its steps; on a GPU as replays, captured beforehand."""
+    if prompt.is_cuda:
+        arguments = arguments | {"graphs": CudaGraphs(model)}
+        torch.cuda.reset_peak_memory_stats()
+        decode(model, prompt, gen_length, arguments)
+    again = partial(decode, model, prompt, gen_length, arguments)
+    seconds, (_, steps) = timed(again)
+    times = [seconds]
+    while len(times) < RUNS and seconds < LONG_RUN:
+        times.append(timed(again)[0])
+    return times, steps
 
 
 def measure_speed(model, prompt, gen_length, rates):
     """Rows of the speed table, dicts by column; and the steps of d2Cache's decode.
 
     Vanilla's steps are all alike: where they are slow, it commits four tokens in each, so that a
-    quarter of them is timed. Its tokens/s are those of one token per step.
+    quarter of them is timed. Its row is that of one token per step.
     """
-    rows, gpu = [], prompt.is_cuda
-    one_step = partial(decode, model, prompt, gen_length, {"tokens_per_step": gen_length})
-    slow = gen_length * least_seconds(one_step, repeats=1) > 2 * LONG_RUN
+    rows, one_step = [], {"tokens_per_step": gen_length}
+    warm_up = partial(decode, model, prompt, gen_length, one_step)
+    slow = gen_length * least_seconds(warm_up, repeats=1) > 2 * LONG_RUN
     for name, arguments in tqdm(settings(gen_length).items(), desc="speed", unit="policy"):
-        if name == "vanilla" and slow:
-            arguments |= {"tokens_per_step": 4}
-        if gpu:
-            arguments |= {"graphs": CudaGraphs(model)}
-            torch.cuda.reset_peak_memory_stats()
-            decode(model, prompt, gen_length, arguments)  # captures the graphs
-        run = partial(decode, model, prompt, gen_length, arguments)
-        times, results = zip(timed(run))
-        while len(times) < RUNS and times[0] < LONG_RUN:
-            times += timed(run)[:1]
-        steps = results[0][1]
+        quarter = {"tokens_per_step": 4} if name == "vanilla" and slow else {}
+        times, steps = time_decode(model, prompt, gen_length, arguments | quarter)
         step, floor = statistics.median(times) / len(steps), floor_seconds(model, steps, rates)
-        recomputed = torch.stack([chosen for _, chosen in steps])
+        share = torch.stack([chosen for _, chosen in steps]).float().mean().item()
         rate = len(prompt) / step
-        rows.append(
-            {
-                "policy": name,
-                "forwards": len(steps),
-                "recomputed": recomputed.float().mean().item(),
-                "ms per step": 1000 * step,
-                "tokens/s": rate,
-                "speed-up": rate / (rows[0]["tokens/s"] if rows else rate),
-                "floor ms": 1000 * floor,
-                "x floor": step / floor,
-                "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
-                "runs": len(times),
-            }
-        )
+        gain = rate / (rows[0]["tokens/s"] if rows else rate)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if prompt.is_cuda else None
+        work, times = (name, gen_length, share, 1000 * step, rate, gain), len(times)
+        rows.append(dict(zip(SPEED, (*work, 1000 * floor, step / floor, peak, times))))
     return rows, steps
 
 
 def measure_parts(model, gen_length, steps):
     """Milliseconds that the parts of a d2Cache step take, half-way through, each timed alone.
 
-    On a GPU as the replay of a graph. What the step takes beyond their sum are the gaps between
-    launches, the commit, and on average its part of the first step, which recomputes everything.
+    On a GPU as replays of graphs. What a step takes beyond their sum are the gaps between launches,
+    the commit, and its part of the first step, which recomputes everything.
     """
     policy, (state, _) = settings(gen_length)["d2cache"]["policy"], steps[len(steps) // 2]
     chosen = policy.choose(state)
     masked = chosen & ~state.known
-    positions, valid = pack(chosen, masked, int(chosen.sum(dim=1).max()))
-    R, cache = int(masked.sum(dim=1).max()), new_cache(model, *chosen.shape)
+    graphs, T = CudaGraphs(model), chosen.shape[1]
+    Q, R = int(chosen.sum(dim=1).max()), int(masked.sum(dim=1).max())
+    if chosen.is_cuda:
+        Q, R = graphs.round_up(Q, T), graphs.round_up(R, T)
+    (positions, valid), cache = pack(chosen, masked, Q), new_cache(model, *chosen.shape)
     hidden, maps = model.trunk(state.tokens, positions, cache, return_attention=True)
 
     def select():
         attention_rollout(maps, positions, valid)
         certainty_prior(state.confidence, state.known, policy.sigma)  # once more, for the commit
-        pack(policy.choose(state), masked, positions.shape[1])
+        pack(policy.choose(state), masked, Q)
 
     parts = {
         "forward": lambda: model.trunk(state.tokens, positions, cache),
@@ -283,19 +274,23 @@ def measure_parts(model, gen_length, steps):
     times = {}
     for name, part in parts.items():
         part()
-        function = CudaGraphs(model).capture(part)[0].replay if maps.is_cuda else part
+        function = graphs.capture(part)[0].replay if chosen.is_cuda else part
         times[name] = 1000 * least_seconds(function, repeats=5)
     maps_time = max(0.0, times.pop("with maps") - times["forward"])
     return times | {"attention maps": maps_time}
 
 
+def cell(column, value):
+    """A number as the tables print it; "-" where it was not measured."""
+    if value is None or isinstance(value, (str, int)):
+        return "-" if value is None else str(value)
+    return f"{value:.1%}" if column in PERCENT else f"{value:.2f}"
+
+
 def print_table(rows):
     """Aligned columns: the first one left, the numbers right."""
-    table = [list(rows[0])]
-    for row in rows:
-        cells = ("-" if value is None else FORMAT[key].format(value) for key, value in row.items())
-        table.append(list(cells))
-    widths = [max(len(cell) for cell in column) for column in zip(*table)]
+    table = [list(rows[0])] + [[cell(*item) for item in row.items()] for row in rows]
+    widths = [max(len(text) for text in column) for column in zip(*table)]
     for first, *rest in table:
         print("  ".join([first.ljust(widths[0])] + [c.rjust(w) for c, w in zip(rest, widths[1:])]))
 
@@ -309,7 +304,7 @@ def describe(model):
 
 
 def report_quality(name, model, tokenizer, problems, gen_length):
-    """Print a sample and the quality table; the rows."""
+    """Print a sample and the quality table; the same as a dict."""
     rows, sample = measure_quality(model, tokenizer, problems, gen_length)
     block_length = settings(gen_length)["dual"]["block_length"]
     print(f"A problem   {problems[0][0]}\nd2Cache     {sample}\nThe answer  {problems[0][1]}\n")
@@ -319,43 +314,46 @@ def report_quality(name, model, tokenizer, problems, gen_length):
         "step, 1 run; same text: as exact decoding in the same order"
     )
     print_table(rows)
-    return rows
+    return {"model": f"{name}: {describe(model)}", "problems": len(problems), "rows": rows}
 
 
 def report_speed(name, model, prompt, gen_length, rates):
-    """Print the speed table of one prompt, and where a step of d2Cache goes; the rows."""
+    """Print the speed table of one prompt, and where a step of d2Cache goes; the same as a dict."""
     rows, steps = measure_speed(model, prompt, gen_length, rates)
     parts = measure_parts(model, gen_length, steps)
     parts["the rest"] = rows[-1]["ms per step"] - sum(parts.values())
-    block_length = settings(gen_length)["dual"]["block_length"]
+    (B, P), block_length = prompt.shape, settings(gen_length)["dual"]["block_length"]
     print(f"\nSPEED  {name}: {describe(model)}")
     print(
-        f"prompt {prompt.shape[1]}, response {gen_length}, prefix and dual cache in blocks of "
-        f"{block_length}, batch {len(prompt)}, 1 token per step, median of the runs"
+        f"prompt {P}, response {gen_length}, prefix and dual cache in blocks of {block_length}, "
+        f"batch {B}, 1 token per step, median of the runs; a slow vanilla: a quarter of its steps"
     )
     print_table(rows)
     print("a step of d2cache:", ", ".join(f"{part} {ms:.2f} ms" for part, ms in parts.items()))
-    return [{"prompt": prompt.shape[1]} | row for row in rows]
+    sizes = {"prompt": P, "response": gen_length, "batch": B}
+    return (
+        {"model": f"{name}: {describe(model)}"} | sizes | {"rows": rows, "d2cache step ms": parts}
+    )
 
 
-def speed_model(device, prompt_length, gen_length, batch):
+def speed_model(args):
     """(name, model, prompts, gen_length) for the speed tables without a checkpoint.
 
     On a CPU four sequences at once: one alone leaves small matrices, and waits for the memory.
     """
-    gpu = device.startswith("cuda")
-    fits = gpu and torch.cuda.mem_get_info(device)[0] > LLADA_8B_BYTES
+    gpu = args.device.startswith("cuda")
+    fits = gpu and torch.cuda.mem_get_info(args.device)[0] > LLADA_8B_BYTES
     config, dtype = (LLADA_8B_SHAPE, torch.bfloat16) if fits else (CPU_SHAPE, torch.float32)
     name = f"random weights, {config.n_layers} layers of {config.d_model}"
     if gpu and not fits:
         name += f" (LLaDA-8B's shape wants {LLADA_8B_BYTES / 1e9:.0f} GB of free GPU memory)"
-    lengths = [prompt_length] if prompt_length else [128, 896, 3840] if fits else [384]
-    random = torch.Generator().manual_seed(0)
-    shapes = [(batch or (1 if fits else 4), length) for length in lengths]
+    usual = [128, 896, 3840] if fits else [384]
+    lengths, batch = [args.prompt_length] if args.prompt_length else usual, 1 if fits else 4
+    random, shapes = torch.Generator().manual_seed(0), [(args.batch or batch, n) for n in lengths]
     prompts = [torch.randint(config.eos_token_id, shape, generator=random) for shape in shapes]
-    prompts = [prompt.to(device) for prompt in prompts]
-    model = random_model(config, device, dtype)
-    return name, model, prompts, gen_length or (256 if fits else 64)
+    model = random_model(config, args.device, dtype)
+    gen_length = args.gen_length or (256 if fits else 64)
+    return name, model, [prompt.to(args.device) for prompt in prompts], gen_length
 
 
 def checkpoint(args):
@@ -369,40 +367,36 @@ def checkpoint(args):
     return args.model, model, [prompt.to(args.device).repeat(args.batch or 1, 1)], gen_length
 
 
-def run(args):
-    """Everything the command line asks for, printed; the same numbers as a dict."""
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no such folder")
+def report(args):
+    """Everything the command line asks for, printed; the same as a dict."""
     for flag in ("problems", "prompt_length", "gen_length", "batch"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} is {value}, should be at least 1")
-    report = {}
+        value, name = getattr(args, flag), flag.replace("_", "-")
+        require(value is None or value >= 1, f"--{name} is {value}, should be at least 1")
+    folder = Path(args.json or "here").resolve().parent
+    require(folder.is_dir(), f"--json {args.json}: there is no folder {folder}")
+    result = {}
     if args.data or not args.model:
-        source = args.model or EMBEDDED_MODEL
+        source, name = args.model or EMBEDDED_MODEL, args.model or "the embedded model"
         problems = read_problems(args.data or PROBLEMS, args.problems)
         tokenizer, model = load_tokenizer(source), Transformer.from_pretrained(source, args.device)
-        gen_length = args.gen_length or 256 if args.model else QUALITY_LENGTH
-        name = args.model or "the embedded model"
-        report["quality"] = report_quality(name, model, tokenizer, problems, gen_length)
+        gen_length = (args.gen_length or 256) if args.model else QUALITY_LENGTH
+        result["quality"] = report_quality(name, model, tokenizer, problems, gen_length)
         del model  # two copies of 16 GB would not fit everywhere
-    speed = checkpoint(args) if args.model else None
-    speed = speed or speed_model(args.device, args.prompt_length, args.gen_length, args.batch)
-    name, model, prompts, gen_length = speed
+    name, model, prompts, gen_length = checkpoint(args) if args.model else speed_model(args)
+    if model.wte.weight.is_cuda:
+        torch.cuda.set_device(model.wte.weight.device)  # the one to wait for and to measure
     rates = machine_rates(args.device, model.wte.weight.dtype)
-    report["copy bytes/s"], report["matrix FLOP/s"] = rates
-    report["speed"] = []
-    for prompt in prompts:
-        report["speed"] += report_speed(name, model, prompt, gen_length, rates)
-    bandwidth, flops = rates[0] / 1e9, rates[1] / 1e12
-    print(f"floor: at {bandwidth:,.0f} GB/s (copy) and {flops:,.2f} TFLOP/s (matrix product)")
-    return report
+    speed = [report_speed(name, model, prompt, gen_length, rates) for prompt in prompts]
+    bandwidth, flops = rates
+    print(
+        f"floor: {bandwidth / 1e9:,.0f} GB/s (copy), {flops / 1e12:,.2f} TFLOP/s (matrix product)"
+    )
+    return result | {"copy bytes/s": bandwidth, "matrix FLOP/s": flops, "speed": speed}
 
 
 def main():
     """Quality and speed of every policy, as tables; progress goes to stderr."""
     parser = argparse.ArgumentParser(description=main.__doc__, usage=argparse.SUPPRESS)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--model", help="checkpoint folder or hub id instead of the embedded model")
     add("--prompt", default=EXAMPLE, help="with --model: the text to answer and to time")
@@ -411,15 +405,15 @@ def main():
     add("--prompt-length", type=int, help="of the speed table's random prompt")
     add("--gen-length", type=int, help="tokens to decode, in the speed table and with --model")
     add("--batch", type=int, help="sequences decoded at once in the speed table")
-    add("--device", default=device, help="where torch computes")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch's")
     add("--json", help="write the same numbers to this file")
     args = parser.parse_args()
     try:
-        report = run(args)
+        result = report(args)
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

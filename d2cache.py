@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from model import KVCache, Transformer, decode_response, encode_prompt, load_tokenizer
+from model import KVCache, Transformer, decode_response, encode_prompt, load_tokenizer, require
 
 import torch  # after model, which keeps its import quiet
 import torch.nn.functional as F
@@ -31,11 +31,6 @@ EXAMPLE = (
 )
 
 
-def require(condition, message):
-    if not condition:
-        raise ValueError(message)
-
-
 def certainty_density(known, sigma, dtype=torch.float32):
     """Share of known positions around each one, in a Gaussian window of sigma positions.  Eq. 3.
 
@@ -46,7 +41,7 @@ def certainty_density(known, sigma, dtype=torch.float32):
     T = known.shape[1]
     distance = torch.arange(1 - T, T, device=known.device, dtype=dtype)
     window = torch.exp(-(distance**2) / (2 * sigma**2))
-    shifted = window.unfold(0, T, 1)  # (2T - 1) -> (T, T), a view: row r is window[r : r + T]
+    shifted = window.unfold(0, T, 1)  # (2T - 1) -> (T, T): row r is window[r : r + T]
     return (known.flip(1).to(dtype) @ shifted / window.sum()).clamp(max=1)
 
 
@@ -60,13 +55,14 @@ def attention_rollout(maps, positions, valid):
 
     W_l = rownormalise(A_l + I), where A_l holds the attention of the recomputed rows and every
     other row of W_l is one-hot. Only column sums are wanted, so a row vector goes down the layers
-    instead of T x T products: a recomputed row keeps its share and passes the rest along its row.
+    instead of T x T products: a recomputed row keeps half of what it has, its attention takes half.
     maps (L, B, Q, T), positions (B, Q); entries that are not valid (B, Q) are repeats, and do not
     count.  -> (B, T), every row sums to T
     """
     wide = torch.promote_types(maps.dtype, torch.float32)
     influence = torch.ones(maps.shape[1], maps.shape[3], device=maps.device, dtype=wide)
-    for attention in maps.to(wide).flip(0):
+    for attention in maps.unbind()[::-1]:  # (B, Q, T), the last layer first
+        attention = attention.to(wide)
         moving = influence.gather(1, positions) * valid  # (B, T) -> (B, Q)
         kept = moving / (1 + attention.sum(dim=2))
         passed = (kept[:, None] @ attention)[:, 0]  # (B, Q) -> (B, T)
@@ -188,8 +184,9 @@ def check_arguments(model, prompt, gen_length, block_length, tokens_per_step, si
     shape = f"prompt is {tuple(prompt.shape)} {prompt.dtype}"
     require(integer and prompt.dim() == 2 and len(prompt), f"{shape}, should be (B, P) integers")
     P, most, V = prompt.shape[1], model.config.max_sequence_length, model.config.vocab_size
-    wrong = prompt[(prompt < 0) | (prompt >= V)].tolist()
-    require(not wrong, f"prompt holds ids {wrong}, should be 0 to {V - 1}")
+    prompt = prompt.to(model.wte.weight.device, torch.long)
+    wrong = prompt[(prompt < 0) | (prompt >= V)].unique().tolist()
+    require(not wrong, f"prompt holds ids {wrong[:5]}, should be 0 to {V - 1}")
     require(gen_length >= 1, f"gen_length is {gen_length}, should be at least 1")
     lengths = f"gen_length is {gen_length} after a prompt of {P}"
     require(P + gen_length <= most, f"{lengths}, should be at most max_sequence_length {most}")
@@ -197,7 +194,7 @@ def check_arguments(model, prompt, gen_length, block_length, tokens_per_step, si
     require(divides, f"block_length is {block_length}, should divide gen_length {gen_length}")
     require(tokens_per_step >= 1, f"tokens_per_step is {tokens_per_step}, should be at least 1")
     require(sigma is None or sigma > 0, f"sigma is {sigma}, should be above 0, or None")
-    return prompt.to(model.wte.weight.device, torch.long)
+    return prompt
 
 
 def blank_canvas(model, prompt, gen_length):
@@ -206,14 +203,15 @@ def blank_canvas(model, prompt, gen_length):
     known = F.pad(torch.ones_like(prompt, dtype=torch.bool), (0, gen_length), value=False)
     wide = torch.promote_types(model.wte.weight.dtype, torch.float32)
     zeros = torch.zeros(tokens.shape, device=tokens.device, dtype=wide)
-    return State(tokens, known, torch.zeros_like(known), zeros, zeros + 1, slice(0, 0), step=0)
+    ones, fresh = torch.ones_like(zeros), torch.zeros_like(known)
+    return State(tokens, known, fresh, zeros, ones, slice(0, 0), step=0)
 
 
 def choose(policy, state):
     """The positions recomputed in this step: all in the first, then as the policy says.  (B, T)
 
     A sequence whose block is done before the others' waits: it recomputes only its fresh positions.
-    They will be recomputed in its next step in any case, so waiting leaves no trace.
+    Every policy here recomputes them in the sequence's next step anyway: waiting leaves no trace.
     """
     if state.step == 0:
         return torch.ones_like(state.known)
@@ -224,19 +222,19 @@ def choose(policy, state):
     return state.fresh.where(block_done(state), chosen)
 
 
-def count(chosen, state, left, policy):
+def count(chosen, masked, state, left, policy):
     """Q, R, and each sequence's number of candidates: the step's one transfer to the host.
 
     Candidates are the chosen masked positions of the block: only they may be committed. ValueError
     if a sequence has none though masked positions of its block are `left`.
     """
-    masked, name = chosen & ~state.known, type(policy).__name__
+    name = type(policy).__name__
     sums = chosen.sum(dim=1), masked.sum(dim=1), masked[:, state.block].sum(dim=1)
-    chosen, masked, candidates = torch.stack(sums).tolist()
+    Q, R, candidates = torch.stack(sums).tolist()  # each a list by sequence
     idle = [b for b, n in enumerate(left) if n and not candidates[b]]
     place = f"block {state.block.start}:{state.block.stop} in step {state.step}, sequences {idle}"
     require(not idle, f"policy {name} chose no masked position of the unfinished {place}")
-    return max(chosen), max(masked), candidates
+    return max(Q), max(R), candidates
 
 
 def pack(chosen, masked, Q):
@@ -279,11 +277,11 @@ def new_cache(model, B, T):
 
 
 class CudaGraphs:
-    """Replays `recompute` as CUDA graphs: one launch a step where there were a thousand.
+    """Replays `recompute` as CUDA graphs: one launch for the model's thousand.
 
     A graph fixes sizes and addresses. So Q and R are rounded up to multiples of `bucket` (`pack`
-    fills up with repeats, which change no result), each pair gets a graph when it first occurs, and
-    all decodes of one shape share a cache. Keep the object: later decodes find their graphs.
+    fills up with repeats, which change results by round-off at most), each pair gets a graph when
+    it first occurs, and all decodes of one shape share a cache, which stays as long as this object.
     """
 
     def __init__(self, model, bucket=32):
@@ -312,9 +310,9 @@ class CudaGraphs:
 
     def capture(self, run):
         """A graph of what run() launches, and the tensors that a replay leaves its results in."""
-        graph = torch.cuda.CUDAGraph()
+        graph, device = torch.cuda.CUDAGraph(), self.model.wte.weight.device
         # Sharing memory is safe: the results of one graph are used up before the next is replayed.
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=self.pool):
             outputs = run()
         self.pool = graph.pool()
         return graph, outputs
@@ -328,13 +326,13 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
     Blocks of block_length positions are decoded from left to right (None: one block). Each step
     recomputes what `policy` chooses and commits the tokens_per_step best of the block's masked
     positions among them: by confidence, or by certainty prior if sigma is given. [MASK] is never
-    predicted, and a sequence decodes to the same tokens alone as in company. on_step(state, chosen)
+    predicted, and a sequence decodes alone as in company, but for round-off. on_step(state, chosen)
     is called after every step with the new State and the positions (B, T) that were recomputed.
     graphs, a CudaGraphs of the model, makes every step but the first a replay.
     Raises ValueError for arguments out of range and for a policy that leaves nothing to commit.
     """
     prompt = check_arguments(model, prompt, gen_length, block_length, tokens_per_step, sigma)
-    require(not graphs or graphs.model is model, "graphs are of another model, should be of this")
+    require(not graphs or graphs.model is model, "graphs should be CudaGraphs(model) of this model")
     (B, P), T = prompt.shape, prompt.shape[1] + gen_length
     block_length = block_length or gen_length
     state = blank_canvas(model, prompt, gen_length)
@@ -345,13 +343,13 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
         left = [block_length] * B  # masked positions of the block, by sequence
         while any(left):
             chosen = choose(policy, state)
-            Q, R, candidates = count(chosen, state, left, policy)
             masked, wait = chosen & ~state.known, block_done(state)
+            Q, R, candidates = count(chosen, masked, state, left, policy)
             Q, R = (graphs.round_up(Q, T), graphs.round_up(R, T)) if graphs else (Q, R)
             positions, valid = pack(chosen, masked, Q)
             rows = positions[:, :R]  # pack puts the masked ones first
 
-            replay = graphs and state.step > 0  # the first step is one of its kind
+            replay = graphs and state.step > 0  # a graph of the first would keep its T x T maps
             confidence, token, influence = (graphs.recompute if replay else recompute)(
                 model, cache, state.tokens, positions, valid, R, policy.uses_attention
             )
@@ -376,11 +374,12 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
 
 
 def settings(gen_length):
-    """Arguments of `generate` by policy name; k and sigma in proportion to the paper's 256 tokens.
+    """Arguments of `generate` by policy name: the paper's k and sigma, and Fast-dLLM's blocks.
 
-    (A window much wider than k would spread stage 1 too thin.) Fast-dLLM's caches work in blocks.
+    Below 256 tokens k and sigma shrink in proportion: a window much wider than k would spread stage
+    1 too thin.
     """
-    k, sigma = max(1, gen_length // 8), 10 * gen_length / 256
+    k, sigma = min(32, max(1, gen_length // 8)), min(10.0, 10 * gen_length / 256)
     block_length = math.gcd(gen_length, 32 if gen_length >= 128 else 16)
     return {
         "vanilla": dict(policy=RecomputeAll()),
@@ -393,12 +392,12 @@ def settings(gen_length):
 def main():
     """Print the decoded answer to a prompt; a mistake ends in one line and exit code 2."""
     parser = argparse.ArgumentParser(description=main.__doc__, usage=argparse.SUPPRESS)
-    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
     add("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub id")
     add("--prompt", default=EXAMPLE, help="the user's text")
     add("--policy", default="d2cache", choices=settings(1), help="which positions to recompute")
     add("--gen-length", default=64, type=int, help="tokens to decode")
-    add("--device", default=device, help="where torch computes")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch's")
     args = parser.parse_args()
 
     shares = []

@@ -31,7 +31,7 @@ from torch import nn
 
 PREFIX = "model.transformer."  # of every tensor's name in a checkpoint
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MAP_ROWS = 256  # rows of the attention map computed at once: bounds memory, changes no value
+MAP_ROWS = 256  # rows of the attention map computed at once: bounds memory
 
 # Keys of config.json that change what the model computes, and the one value implemented here.
 IMPLEMENTED = dict(
@@ -41,6 +41,12 @@ IMPLEMENTED = dict(
     attention_layer_norm=False, input_emb_norm=False, scale_logits=False,
     rope=True, rope_full_precision=True, rope_scaling=None, alibi=False, sliding_window=None,
 )  # fmt: skip
+
+
+def require(condition, message):
+    """ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -68,23 +74,17 @@ class Config:
             value = getattr(self, field.name)
             number = isinstance(value, (int, field.type)) and not isinstance(value, bool)
             least = 0 if field.name.endswith("_id") else 1 if field.type is int else 1e-30
-            if not number or not least <= value < 2**31:
-                kind = field.type.__name__
-                raise ValueError(
-                    f"{field.name} is {value!r}, should be {kind} from {least} to 2^31"
-                )
-        if self.d_model % (2 * self.n_heads):
-            raise ValueError(
-                f"d_model is {self.d_model}, should be an even multiple of n_heads {self.n_heads}"
-            )
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_heads is {self.n_heads}, should be a multiple of n_kv_heads {self.n_kv_heads}"
-            )
-        for name in ("vocab_size", "mask_token_id", "eos_token_id"):
-            most = self.embedding_size - name.endswith("_id")
-            if getattr(self, name) > most:
-                raise ValueError(f"{name} is {getattr(self, name)}, should be at most {most}")
+            said = f"{field.name} is {value!r}, should be {field.type.__name__}"
+            require(number and least <= value < 2**31, f"{said} from {least} to 2^31")
+        heads, groups, rows = self.n_heads, self.n_kv_heads, self.embedding_size
+        said = f"d_model is {self.d_model}, should be an even multiple of n_heads {heads}"
+        require(self.d_model % (2 * heads) == 0, said)
+        said = f"n_heads is {heads}, should be a multiple of n_kv_heads {groups}"
+        require(heads % groups == 0, said)
+        limits = {"vocab_size": rows, "mask_token_id": rows - 1, "eos_token_id": rows - 1}
+        for name, most in limits.items():
+            value = getattr(self, name)
+            require(value <= most, f"{name} is {value}, should be at most {most}")
 
     @property
     def head_dim(self):
@@ -100,13 +100,10 @@ class Config:
         values = read_json(path)
         for key, implemented in IMPLEMENTED.items():
             value = values.get(key, implemented)
-            if value != implemented and not (value is False and implemented is None):
-                raise ValueError(
-                    f"{path}: {key} is {value!r}, but only {implemented!r} is implemented"
-                )
+            same = value == implemented or value is False and implemented is None
+            require(same, f"{path}: {key} is {value!r}, but only {implemented!r} is implemented")
         missing = [field.name for field in fields(cls) if field.name not in values]
-        if missing:
-            raise ValueError(f"{path}: missing keys {missing}")
+        require(not missing, f"{path}: missing keys {missing}")
         try:
             return cls(**{field.name: values[field.name] for field in fields(cls)})
         except ValueError as error:
@@ -152,7 +149,7 @@ def attend(q, k, v):
 
 
 def attention_map(q, k):
-    """The weights inside `attend`, averaged over heads.  (B, Q, H, D), (B, T, G, D) -> (B, Q, T)
+    """The weights of `attend`, averaged over heads.  (B, Q, H, D), (B, T, G, D) -> (B, Q, T)
 
     In slices of MAP_ROWS rows: all heads at once would be H * Q * T numbers.
     """
@@ -171,7 +168,7 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, M = config.d_model, config.mlp_hidden_size
+        C, hidden = config.d_model, config.mlp_hidden_size
         self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         kv = config.n_kv_heads * config.head_dim
         self.attn_norm = nn.RMSNorm(C, config.rms_norm_eps)
@@ -180,9 +177,9 @@ class Block(nn.Module):
         self.v_proj = nn.Linear(C, kv, bias=False)
         self.attn_out = nn.Linear(C, C, bias=False)
         self.ff_norm = nn.RMSNorm(C, config.rms_norm_eps)
-        self.ff_proj = nn.Linear(C, M, bias=False)
-        self.up_proj = nn.Linear(C, M, bias=False)
-        self.ff_out = nn.Linear(M, C, bias=False)
+        self.ff_proj = nn.Linear(C, hidden, bias=False)
+        self.up_proj = nn.Linear(C, hidden, bias=False)
+        self.ff_out = nn.Linear(hidden, C, bias=False)
 
     def forward(self, x, cos, sin, update, return_attention):
         """x (B, Q, C) -> (B, Q, C), and the attention map (B, Q, T) or None.
@@ -260,8 +257,8 @@ class Transformer(nn.Module):
         dtype None keeps the checkpoint's. Raises ValueError, naming file or tensor, if anything in
         the folder is missing, corrupt, unsupported, or does not fit its config.json.
         """
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype}, should be None or one of {DTYPES}")
+        known = dtype is None or dtype in DTYPES
+        require(known, f"dtype is {dtype}, should be None or one of {DTYPES}")
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
@@ -296,8 +293,8 @@ def read_json(path):
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no readable JSON file ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: should hold a JSON object, holds {type(values).__name__}")
+    kind = type(values).__name__
+    require(isinstance(values, dict), f"{path}: should hold a JSON object, holds {kind}")
     return values
 
 
@@ -306,16 +303,14 @@ def shards(folder):
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         return [(single, None)]
-    if not index.exists():
-        raise ValueError(f"{folder}: holds neither {single.name} nor {index.name}")
+    require(index.exists(), f"{folder}: holds neither {single.name} nor {index.name}")
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index}: has no weight_map")
+    require(isinstance(weight_map, dict), f"{index}: has no weight_map")
     names = {}
     for tensor, file in weight_map.items():
         # A checkpoint is somebody else's data: it must not make us read outside its folder.
-        if not isinstance(file, str) or file in ("", ".", "..") or set(file) & set("/\\"):
-            raise ValueError(f"{index}: shard {file!r} should be the name of a file beside it")
+        name = isinstance(file, str) and file not in ("", ".", "..") and not set(file) & set("/\\")
+        require(name, f"{index}: shard {file!r} should be the name of a file beside it")
         names.setdefault(file, []).append(tensor)
     return [(folder / file, names[file]) for file in sorted(names)]
 
@@ -329,13 +324,13 @@ def read_tensors(folder, device, dtype):
                 for name in tensors.keys() if names is None else names:
                     tensor = tensors.get_tensor(name)
                     stored[tensor.dtype] = f"{name} in {file.name}"
-                    if tensor.dtype not in DTYPES:
-                        raise ValueError(f"{file}: dtype {tensor.dtype} of {name} is not supported")
+                    said = f"{file}: dtype {tensor.dtype} of {name} is not supported"
+                    require(tensor.dtype in DTYPES, said)
                     yield name, tensor if dtype is None else tensor.to(dtype)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: missing, truncated or corrupt ({error})") from error
-    if dtype is None and len(stored) > 1:
-        raise ValueError(f"{folder}: mixes dtypes {stored}; pass the dtype to convert them to")
+    said = f"{folder}: mixes dtypes {stored}; pass the dtype to convert them to"
+    require(dtype is not None or len(stored) <= 1, said)
 
 
 def check_tensors(found, expected, folder):
@@ -347,8 +342,7 @@ def check_tensors(found, expected, folder):
         for name in expected
         if name in found and found[name].shape != expected[name].shape
     ]
-    if wrong:
-        raise ValueError(f"{folder}: the tensors do not fit config.json: " + "; ".join(wrong))
+    require(not wrong, f"{folder}: the tensors do not fit config.json: " + "; ".join(wrong))
 
 
 def load_tokenizer(path_or_repo_id):
@@ -378,13 +372,13 @@ def encode_prompt(tokenizer, text):
     encoding = tokenizer.encode(text, add_special_tokens=False)
     pieces = zip(encoding.tokens, encoding.offsets)
     unknown = [text[start:stop].strip() for token, (start, stop) in pieces if token == "<unk>"]
-    if unknown:
-        raise ValueError(f"prompt: this model has no token for {', '.join(map(repr, unknown))}")
+    words = ", ".join(map(repr, unknown))
+    require(not unknown, f"prompt: this model has no token for {words}")
     return torch.tensor([encoding.ids])
 
 
 def decode_response(tokenizer, response, eos_token_id):
-    """The text of a response (R,) up to its first end-of-sequence token."""
+    """The text of a response, (gen_length,) ids, up to its first end-of-sequence token."""
     ids = response.tolist()
     if eos_token_id in ids:
         ids = ids[: ids.index(eos_token_id)]

@@ -26,7 +26,7 @@ def rope(x, position, theta):
 
 
 def forward(weights, config, tokens, positions, memory):
-    """Recompute `positions` of one sequence: {position: logits}, and by layer {position: attention}.
+    """Recompute `positions` of one sequence: their logits, and their attention rows by layer.
 
     memory[layer, position] = (keys, values), a list of vectors by key/value head each, is updated.
     """
