@@ -153,14 +153,16 @@ def attention_map(q, k):
 
     In slices of MAP_ROWS rows: all heads at once would be H * Q * T numbers.
     """
-    G, D = k.shape[2:]
+    (G, D), share = k.shape[2:], q.shape[2] // k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
+    keys = k.transpose(1, 2).contiguous().transpose(2, 3)  # (B, T, G, D) -> (B, G, D, T)
     slices = []
     for rows in q.split(MAP_ROWS, dim=1):
-        rows = rows.unflatten(2, (G, -1))  # (B, rows, H, D) -> (B, rows, G, H / G, D)
-        scores = torch.einsum("bqghd,btgd->bghqt", rows * D**-0.5, k)
-        slices.append(torch.softmax(scores, dim=-1, dtype=wide).mean(dim=(1, 2)))
-    return torch.cat(slices, dim=1)  # (B, Q, T)
+        rows = rows.unflatten(2, (G, share)).permute(0, 2, 3, 1, 4)  # -> (B, G, H / G, rows, D)
+        scores = rows.flatten(2, 3) * D**-0.5 @ keys  # one product for all heads of a group
+        weights = torch.softmax(scores, dim=-1, dtype=wide).unflatten(2, (share, -1))
+        slices.append(weights.mean(dim=(1, 2)))  # (B, G, H / G, rows, T) -> (B, rows, T)
+    return torch.cat(slices, dim=1)
 
 
 class Block(nn.Module):

@@ -67,7 +67,7 @@ def test_a_replayed_step_waits_for_the_gpu_once():
         decode(model, policy, graphs=graphs)
         torch.cuda.set_sync_debug_mode("default")
     waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
-    assert GEN_LENGTH <= len(waits) <= GEN_LENGTH + 8  # and a few to check the prompt
+    assert GEN_LENGTH <= len(waits) <= GEN_LENGTH + 12  # a few check the prompt
 
 
 def test_the_first_step_of_4096_positions_needs_little_beside_the_maps():
