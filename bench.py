@@ -167,7 +167,7 @@ def random_model(config, device, dtype):
 
 
 def timed(function):
-    """Seconds that function() takes from an idle device to an idle device, and its result."""
+    """Seconds that function() takes, from an idle device to an idle one, and its result."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     synchronize()
     start = time.perf_counter()
@@ -247,8 +247,8 @@ def measure_speed(model, prompt, gen_length, rates):
 def measure_parts(model, gen_length, steps):
     """Milliseconds that the parts of a d2Cache step take, half-way through, each timed alone.
 
-    On a GPU as replays of graphs. What a step takes beyond their sum are the gaps between launches,
-    the commit, and its part of the first step, which recomputes everything.
+    On a GPU the model's parts as replays. What a step takes beyond their sum are the commit, gaps
+    between launches, and its part of the first step, which recomputes everything.
     """
     policy, (state, _) = settings(gen_length)["d2cache"]["policy"], steps[len(steps) // 2]
     chosen = policy.choose(state)
@@ -274,17 +274,18 @@ def measure_parts(model, gen_length, steps):
     times = {}
     for name, part in parts.items():
         part()
-        function = graphs.capture(part)[0].replay if chosen.is_cuda else part
+        replayed = chosen.is_cuda and part is not select  # selection is launched kernel by kernel
+        function = graphs.capture(part)[0].replay if replayed else part
         times[name] = 1000 * least_seconds(function, repeats=5)
     maps_time = max(0.0, times.pop("with maps") - times["forward"])
     return times | {"attention maps": maps_time}
 
 
 def cell(column, value):
-    """A number as the tables print it; "-" where it was not measured."""
-    if value is None or isinstance(value, (str, int)):
-        return "-" if value is None else str(value)
-    return f"{value:.1%}" if column in PERCENT else f"{value:.2f}"
+    """A value as the tables print it; "-" where it was not measured."""
+    if isinstance(value, float) or column in PERCENT:
+        return f"{value:.1%}" if column in PERCENT else f"{value:.2f}"
+    return "-" if value is None else str(value)
 
 
 def print_table(rows):
@@ -325,8 +326,8 @@ def report_speed(name, model, prompt, gen_length, rates):
     (B, P), block_length = prompt.shape, settings(gen_length)["dual"]["block_length"]
     print(f"\nSPEED  {name}: {describe(model)}")
     print(
-        f"prompt {P}, response {gen_length}, prefix and dual cache in blocks of {block_length}, "
-        f"batch {B}, 1 token per step, median of the runs; a slow vanilla: a quarter of its steps"
+        f"prompt {P}, response {gen_length}, batch {B}, caches in blocks of {block_length}, 1 token "
+        "per step, median of the runs; a slow vanilla: a quarter of its steps"
     )
     print_table(rows)
     print("a step of d2cache:", ", ".join(f"{part} {ms:.2f} ms" for part, ms in parts.items()))

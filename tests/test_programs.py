@@ -89,6 +89,7 @@ def test_bench_py_prints_both_tables_and_writes_the_same_numbers(tmp_path):
                 if value is None:
                     assert cell == "-", column
                 else:
+                    assert ("%" in cell) == (column in ("exact match", "same text", "recomputed"))
                     shown = float(cell.strip("%")) / (100 if "%" in cell else 1)
                     assert shown == pytest.approx(value, rel=0.01, abs=0.01), column
     for vanilla in numbers["quality"]["rows"][:3]:
