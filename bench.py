@@ -326,8 +326,8 @@ def report_speed(name, model, prompt, gen_length, rates):
     (B, P), block_length = prompt.shape, settings(gen_length)["dual"]["block_length"]
     print(f"\nSPEED  {name}: {describe(model)}")
     print(
-        f"prompt {P}, response {gen_length}, batch {B}, caches in blocks of {block_length}, 1 token "
-        "per step, median of the runs; a slow vanilla: a quarter of its steps"
+        f"prompt {P}, response {gen_length}, batch {B}, caches in blocks of {block_length}, 1 token"
+        " per step, median of the runs; a slow vanilla: a quarter of its steps"
     )
     print_table(rows)
     print("a step of d2cache:", ", ".join(f"{part} {ms:.2f} ms" for part, ms in parts.items()))
@@ -373,9 +373,8 @@ def report(args):
     for flag in ("problems", "prompt_length", "gen_length", "batch"):
         value, name = getattr(args, flag), flag.replace("_", "-")
         require(value is None or value >= 1, f"--{name} is {value}, should be at least 1")
-    folder = Path(args.json or "here").resolve().parent
+    result, folder = {}, Path(args.json or "here").resolve().parent
     require(folder.is_dir(), f"--json {args.json}: there is no folder {folder}")
-    result = {}
     if args.data or not args.model:
         source, name = args.model or EMBEDDED_MODEL, args.model or "the embedded model"
         problems = read_problems(args.data or PROBLEMS, args.problems)
