@@ -1,8 +1,10 @@
 """`generate` with every policy against vanilla decoding and against the oracle's decoder."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from d2cache import D2Cache, RecomputeAll, State, generate
+from d2cache import D2Cache, RecomputeAll, State, best, generate, in_block
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -254,3 +256,31 @@ def test_inputs_are_not_written_to(spec, data):
     before = prompt.clone()
     generate(model, prompt, 4, policy=D2Cache(k=2))
     assert torch.equal(prompt, before)
+
+
+class Uneven(D2Cache):
+    """D2Cache, but where the prompt starts with an odd token only one position may be committed."""
+
+    def choose(self, state):
+        odd = state.tokens[:, :1] % 2 == 1
+        one = best(state.confidence, ~state.known & in_block(state), 1)
+        return torch.where(odd & ~state.known, one, super().choose(state))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_sequence_that_waits_for_others_decodes_as_it_does_alone(seed):
+    """Sequences with even prompts finish each block first; waiting must leave no trace in them."""
+    model, policy = replace(SPEC, seed=seed).build(), Uneven(k=3, p=0.3, sigma=2.0)
+    rows = [[0, 3, 5], [1, 4, 2], [2, 2, 7], [3, 0, 1]]
+
+    def last_state(rows):
+        states, observe = [], lambda state, chosen: states.append(state)
+        arguments = {"tokens_per_step": 2, "policy": policy, "on_step": observe}
+        generate(model, prompts(rows), 16, 8, **arguments)
+        return states[-1]
+
+    together = last_state(rows)
+    for b, row in enumerate(rows):
+        alone = last_state([row])
+        assert torch.equal(alone.tokens[0], together.tokens[b])
+        torch.testing.assert_close(alone.confidence[0], together.confidence[b])
