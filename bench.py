@@ -239,8 +239,8 @@ def measure_speed(model, prompt, gen_length, rates):
         rate = len(prompt) / step
         gain = rate / (rows[0]["tokens/s"] if rows else rate)
         peak = torch.cuda.max_memory_allocated() / 2**30 if prompt.is_cuda else None
-        work, times = (name, gen_length, share, 1000 * step, rate, gain), len(times)
-        rows.append(dict(zip(SPEED, (*work, 1000 * floor, step / floor, peak, times))))
+        work = name, gen_length, share, 1000 * step, rate, gain
+        rows.append(dict(zip(SPEED, (*work, 1000 * floor, step / floor, peak, len(times)))))
     return rows, steps
 
 
@@ -405,7 +405,7 @@ def main():
     add("--prompt-length", type=int, help="of the speed table's random prompt")
     add("--gen-length", type=int, help="tokens to decode, in the speed table and with --model")
     add("--batch", type=int, help="sequences decoded at once in the speed table")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch's")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--json", help="write the same numbers to this file")
     args = parser.parse_args()
     try:

@@ -115,9 +115,9 @@ def in_block(state):
     return inside
 
 
-def block_done(state):
-    """Sequences whose current block is decoded.  (B, 1) bool"""
-    return state.known[:, state.block].all(dim=1, keepdim=True)
+def block_starts(state):
+    """Sequences of whose current block nothing is decoded yet.  (B, 1) bool"""
+    return ~state.known[:, state.block].any(dim=1, keepdim=True)
 
 
 class RecomputeAll:
@@ -135,9 +135,8 @@ class PrefixCache:
     uses_attention = False
 
     def choose(self, state):
-        starts = ~state.known[:, state.block].any(dim=1, keepdim=True)
         positions = torch.arange(state.known.shape[1], device=state.known.device)
-        return starts | (positions >= state.block.start)
+        return block_starts(state) | (positions >= state.block.start)
 
 
 class DualCache:
@@ -146,8 +145,7 @@ class DualCache:
     uses_attention = False
 
     def choose(self, state):
-        starts = ~state.known[:, state.block].any(dim=1, keepdim=True)
-        return starts | in_block(state)
+        return block_starts(state) | in_block(state)
 
 
 @dataclass(frozen=True)
@@ -207,10 +205,10 @@ def blank_canvas(model, prompt, gen_length):
     return State(tokens, known, fresh, zeros, ones, slice(0, 0), step=0)
 
 
-def choose(policy, state):
+def choose(policy, state, waits):
     """The positions recomputed in this step: all in the first, then as the policy says.  (B, T)
 
-    A sequence whose block is done before the others' waits: it recomputes only its fresh positions.
+    A sequence that `waits` (B, 1), its block done before others', recomputes only fresh positions.
     Every policy here recomputes them in the sequence's next step anyway: waiting leaves no trace.
     """
     if state.step == 0:
@@ -219,7 +217,7 @@ def choose(policy, state):
     said = f"policy {type(policy).__name__} chose {tuple(chosen.shape)} {chosen.dtype}"
     matches = chosen.dtype == torch.bool and chosen.shape == shape
     require(matches, f"{said}, should be {shape} torch.bool")
-    return state.fresh.where(block_done(state), chosen)
+    return state.fresh.where(waits, chosen)
 
 
 def count(chosen, masked, state, left, policy):
@@ -342,8 +340,9 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
         state = replace(state, block=slice(start, start + block_length))
         left = [block_length] * B  # masked positions of the block, by sequence
         while any(left):
-            chosen = choose(policy, state)
-            masked, wait = chosen & ~state.known, block_done(state)
+            waits = state.known[:, state.block].all(dim=1, keepdim=True)  # for other sequences
+            chosen = choose(policy, state, waits)
+            masked = chosen & ~state.known
             Q, R, candidates = count(chosen, masked, state, left, policy)
             Q, R = (graphs.round_up(Q, T), graphs.round_up(R, T)) if graphs else (Q, R)
             positions, valid = pack(chosen, masked, Q)
@@ -362,9 +361,9 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
                 state,
                 tokens=state.tokens.scatter(1, rows, token).where(commit, state.tokens),
                 known=state.known | commit,
-                fresh=state.fresh.where(wait, commit),
+                fresh=state.fresh.where(waits, commit),
                 confidence=confidence,
-                influence=state.influence.where(wait, influence),
+                influence=state.influence.where(waits, influence),
                 step=state.step + 1,
             )
             left = [n - min(m, tokens_per_step) for n, m in zip(left, candidates)]
@@ -397,7 +396,7 @@ def main():
     add("--prompt", default=EXAMPLE, help="the user's text")
     add("--policy", default="d2cache", choices=settings(1), help="which positions to recompute")
     add("--gen-length", default=64, type=int, help="tokens to decode")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch's")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     args = parser.parse_args()
 
     shares = []
