@@ -10,6 +10,7 @@ measured here. With --model, the speed of a real checkpoint, and with --data too
 import argparse
 import itertools
 import json
+import math
 import re
 import statistics
 import time
@@ -17,8 +18,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from d2cache import EMBEDDED_MODEL, EXAMPLE, CudaGraphs, D2Cache, attention_rollout, best
-from d2cache import certainty_prior, generate, new_cache, pack, predict, settings
+from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, attention_rollout, best, certainty_prior
+from d2cache import choose, generate, new_cache, pack, predict, recompute, settings
 from model import Config, Transformer, decode_response, encode_prompt, load_tokenizer, require
 
 import torch  # after model, which keeps its import quiet
@@ -43,6 +44,49 @@ CPU_SHAPE = replace(  # an eighth as wide and a quarter as deep
     vocab_size=15808, embedding_size=15808, mask_token_id=15792, eos_token_id=15760,
 )  # fmt: skip
 LLADA_8B_BYTES = 22e9  # weights 16 GB, cache 2.1, the first step's maps 2.1, and what is fleeting
+
+
+class CudaGraphs:
+    """Replays `recompute` as CUDA graphs: one launch for the model's thousand.
+
+    A graph fixes sizes and addresses. So Q and R are rounded up to multiples of `bucket` (`pack`
+    fills up with repeats, which change results by round-off at most), each pair gets a graph when
+    it first occurs, and all decodes of one shape share a cache, which stays as long as this object.
+    """
+
+    def __init__(self, model, bucket=32):
+        self.model, self.bucket = model, bucket
+        self.caches, self.graphs, self.pool = {}, {}, None
+
+    def round_up(self, n, most):
+        return min(most, math.ceil(n / self.bucket) * self.bucket)
+
+    def cache(self, B, T):
+        if (B, T) not in self.caches:
+            self.caches[B, T] = new_cache(self.model, B, T)
+        return self.caches[B, T]
+
+    def recompute(self, model, cache, R, uses_attention, tokens, positions, valid, padding):
+        inputs = [x for x in (tokens, positions, valid, padding) if x is not None]
+        kind = (*tokens.shape, positions.shape[1], R, uses_attention, len(inputs))
+        if kind not in self.graphs:
+            own = [tensor.clone() for tensor in inputs]
+            run = partial(recompute, model, cache, R, uses_attention, *own)
+            self.graphs[kind] = own, *self.capture(run)
+        own, graph, outputs = self.graphs[kind]
+        for tensor, value in zip(own, inputs):
+            tensor.copy_(value)
+        graph.replay()
+        return outputs
+
+    def capture(self, run):
+        """A graph of what run() launches, and the tensors that a replay leaves its results in."""
+        graph, device = torch.cuda.CUDAGraph(), self.model.wte.weight.device
+        # Sharing memory is safe: the results of one graph are used up before the next is replayed.
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=self.pool):
+            outputs = run()
+        self.pool = graph.pool()
+        return graph, outputs
 
 
 class RandomStage1(D2Cache):
@@ -196,7 +240,7 @@ def floor_seconds(model, steps, rates):
     """Mean over steps of the least each can take: to read all weights, or for the arithmetic."""
     config, (bandwidth, flops), T = model.config, rates, steps[0][1].shape[1]
     in_blocks = sum(weight.numel() for weight in model.blocks.parameters())
-    in_head = model.ff_out.weight.numel()
+    in_head = model.wte.weight.numel()
     in_attention = 2 * config.n_layers * config.d_model * T  # query x key, weight x value
     read = (in_blocks + in_head) * model.wte.weight.element_size()
     seconds = []
@@ -251,8 +295,8 @@ def measure_parts(model, gen_length, steps):
     between launches, and its part of the first step, which recomputes everything.
     """
     policy, (state, _) = settings(gen_length)["d2cache"]["policy"], steps[len(steps) // 2]
-    chosen = policy.choose(state)
-    masked = chosen & ~state.known
+    nobody, shifted = torch.zeros_like(state.known[:, :1]), model.config.shifted
+    chosen, masked = choose(policy, state, nobody, shifted)
     graphs, T = CudaGraphs(model), chosen.shape[1]
     Q, R = int(chosen.sum(dim=1).max()), int(masked.sum(dim=1).max())
     if chosen.is_cuda:
@@ -263,12 +307,12 @@ def measure_parts(model, gen_length, steps):
     def select():
         attention_rollout(maps, positions, valid)
         certainty_prior(state.confidence, state.known, policy.sigma)  # once more, for the commit
-        pack(policy.choose(state), masked, Q)
+        pack(*choose(policy, state, nobody, shifted), Q)
 
     parts = {
         "forward": lambda: model.trunk(state.tokens, positions, cache),
         "with maps": lambda: model.trunk(state.tokens, positions, cache, return_attention=True),
-        "head": lambda: predict(model.head(hidden[:, :R]), model.config.mask_token_id),
+        "head": lambda: predict(model.head(hidden[:, :R]), model.config),
         "selection": select,
     }
     times = {}

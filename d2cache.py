@@ -106,6 +106,12 @@ class State:
     influence: torch.Tensor  # attention rollout of the last step, if the policy uses it
     block: slice  # the positions being decoded
     step: int  # steps done
+    padding: torch.Tensor | None = None  # before short prompts: neither known nor masked
+
+    @property
+    def masked(self):
+        """Positions still to be decoded.  (B, T) bool"""
+        return ~self.known if self.padding is None else ~(self.known | self.padding)
 
 
 def in_block(state):
@@ -167,17 +173,20 @@ class D2Cache:
     def about_to_be_decoded(self, state):
         """Stage 1, Eq. 4: the k masked positions of highest prior, those of the block first."""
         prior = certainty_prior(state.confidence, state.known, self.sigma)
-        inside = best(prior, ~state.known & in_block(state), self.k)
+        inside = best(prior, state.masked & in_block(state), self.k)
         left = self.k - inside.sum(dim=1, keepdim=True)
-        return inside | best(prior, ~state.known & ~in_block(state), left)
+        return inside | best(prior, state.masked & ~in_block(state), left)
 
     def attended(self, state):
         """Stage 2, Eq. 9: the nucleus of influence among prompt and decoded positions."""
         return nucleus(state.influence, self.p, among=state.known)
 
 
-def check_arguments(model, prompt, gen_length, block_length, tokens_per_step, sigma):
-    """ValueError for what `generate` cannot decode; the prompt as int64 on the model's device."""
+def check_prompt(model, prompt, prompt_mask, gen_length):
+    """Prompt and padding, (B, P) int64 and (B, T) bool or None, on the model's device.
+
+    ValueError for what `generate` cannot decode.
+    """
     integer = prompt.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
     shape = f"prompt is {tuple(prompt.shape)} {prompt.dtype}"
     require(integer and prompt.dim() == 2 and len(prompt), f"{shape}, should be (B, P) integers")
@@ -188,36 +197,58 @@ def check_arguments(model, prompt, gen_length, block_length, tokens_per_step, si
     require(gen_length >= 1, f"gen_length is {gen_length}, should be at least 1")
     lengths = f"gen_length is {gen_length} after a prompt of {P}"
     require(P + gen_length <= most, f"{lengths}, should be at most max_sequence_length {most}")
+    if prompt_mask is None:
+        return prompt, None
+    shape = tuple(prompt_mask.shape)
+    require(shape == prompt.shape, f"prompt_mask is {shape}, should be {tuple(prompt.shape)}")
+    real = prompt_mask.to(prompt.device).bool()
+    wrong = (real[:, :-1] & ~real[:, 1:]).any(dim=1) | ~real.any(dim=1)
+    said = f"prompt_mask is {prompt_mask[wrong].tolist()} in rows {wrong.nonzero()[:, 0].tolist()}"
+    require(not wrong.any(), f"{said}, should be zeros (padding), then at least one 1")
+    return prompt, F.pad(~real, (0, gen_length), value=False) if not real.all() else None
+
+
+def check_settings(model, gen_length, block_length, tokens_per_step, sigma, threshold,
+                   temperature, generator):  # fmt: skip
+    """ValueError for settings of `generate` that are out of range."""
     divides = block_length is None or block_length >= 1 and gen_length % block_length == 0
     require(divides, f"block_length is {block_length}, should divide gen_length {gen_length}")
     require(tokens_per_step >= 1, f"tokens_per_step is {tokens_per_step}, should be at least 1")
     require(sigma is None or sigma > 0, f"sigma is {sigma}, should be above 0, or None")
-    return prompt
+    share = threshold is None or 0 <= threshold <= 1
+    require(share, f"threshold is {threshold}, should be from 0 to 1, or None")
+    require(0 <= temperature < math.inf, f"temperature is {temperature}, should be at least 0")
+    place, own = model.wte.weight.device.type, generator and generator.device.type
+    said = f"generator is on {own}, should be a torch.Generator on {place}, for temperature > 0"
+    require(temperature == 0 or own == place, said)
 
 
-def blank_canvas(model, prompt, gen_length):
+def blank_canvas(model, prompt, gen_length, padding):
     """The state before the first step: the prompt, then gen_length masks."""
     tokens = F.pad(prompt, (0, gen_length), value=model.config.mask_token_id)
     known = F.pad(torch.ones_like(prompt, dtype=torch.bool), (0, gen_length), value=False)
+    known = known if padding is None else known & ~padding
     wide = torch.promote_types(model.wte.weight.dtype, torch.float32)
     zeros = torch.zeros(tokens.shape, device=tokens.device, dtype=wide)
     ones, fresh = torch.ones_like(zeros), torch.zeros_like(known)
-    return State(tokens, known, fresh, zeros, ones, slice(0, 0), step=0)
+    return State(tokens, known, fresh, zeros, ones, slice(0, 0), step=0, padding=padding)
 
 
-def choose(policy, state, waits):
-    """The positions recomputed in this step: all in the first, then as the policy says.  (B, T)
+def choose(policy, state, waits, shifted):
+    """The positions recomputed in this step, and those of them to be predicted.  2 x (B, T)
 
-    A sequence that `waits` (B, 1), its block done before others', recomputes only fresh positions.
-    Every policy here recomputes them in the sequence's next step anyway: waiting leaves no trace.
+    All in the first step, then as the policy says; but no padding, and nothing in a sequence that
+    `waits` (B, 1), its block done before others'. Where logits are shifted, the row that predicts a
+    masked position is the one before it, and recomputed too.
     """
-    if state.step == 0:
-        return torch.ones_like(state.known)
-    chosen, shape = policy.choose(state), tuple(state.known.shape)
+    shape = tuple(state.known.shape)
+    chosen = torch.ones_like(state.known) if state.step == 0 else policy.choose(state)
     said = f"policy {type(policy).__name__} chose {tuple(chosen.shape)} {chosen.dtype}"
     matches = chosen.dtype == torch.bool and chosen.shape == shape
     require(matches, f"{said}, should be {shape} torch.bool")
-    return state.fresh.where(waits, chosen)
+    chosen = chosen & ~waits & (state.known | state.masked)
+    masked = chosen & state.masked
+    return chosen | F.pad(masked[:, 1:], (0, 1)) if shifted else chosen, masked
 
 
 def count(chosen, masked, state, left, policy):
@@ -246,26 +277,75 @@ def pack(chosen, masked, Q):
     return torch.where(valid, order, order[:, :1]), valid
 
 
-def predict(logits, mask_token_id):
-    """Probability and id of the likeliest token but [MASK].  Eq. 1.  (B, R, V) -> 2 x (B, R)"""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    excluded = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
-    token = logits.masked_fill(excluded, -torch.inf).argmax(dim=-1)
-    probability = torch.softmax(logits, dim=-1, dtype=wide)
-    return probability.gather(-1, token[..., None])[..., 0], token
+def predicting(hidden, positions, R, T):
+    """Of recomputed rows, those whose logits predict the first R positions, if logits are shifted.
+
+    Position i is predicted by row i - 1, and 0 by its own.  (B, Q, C) -> (B, R, C)
+    """
+    rows = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    row_of = positions.new_zeros(len(positions), T).scatter(1, positions, rows)  # (B, Q) -> (B, T)
+    before = row_of.gather(1, (positions[:, :R] - 1).clamp(min=0))
+    return hidden.gather(1, before[..., None].expand(-1, -1, hidden.shape[2]))
 
 
-def recompute(model, cache, tokens, positions, valid, R, uses_attention):
+def recompute(model, cache, R, uses_attention, tokens, positions, valid, padding=None):
     """One forward pass over positions (B, Q): all that a step wants to know of the model.
 
-    Only the first R positions, the masked ones, pass the head. -> their confidence and token,
-    (B, R) each, and the influence of every position, (B, T): all alike if it is not used.
+    Only what predicts the first R positions, the masked ones, passes the head. -> their logits
+    (B, R, V), and the influence of every position, (B, T): all alike if it is not used.
     """
-    hidden, maps = model.trunk(tokens, positions, cache, uses_attention)
-    confidence, token = predict(model.head(hidden[:, :R]), model.config.mask_token_id)
-    if not uses_attention:
-        return confidence, token, torch.ones_like(tokens, dtype=confidence.dtype)
-    return confidence, token, attention_rollout(maps, positions, valid)
+    # A sequence that waits has no valid position: it repeats position 0, which must leave no trace.
+    waits, kept = (
+        ~valid.any(dim=1)[:, None, None],
+        (cache.k[:, :, 0].clone(), cache.v[:, :, 0].clone()),
+    )
+    hidden, maps = model.trunk(tokens, positions, cache, uses_attention, padding)
+    for written, before in zip((cache.k, cache.v), kept):
+        written[:, :, 0] = before.where(waits, written[:, :, 0])
+    T, shifted = tokens.shape[1], model.config.shifted
+    logits = model.head(predicting(hidden, positions, R, T) if shifted else hidden[:, :R])
+    if uses_attention:
+        return logits, attention_rollout(maps, positions, valid)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return logits, torch.ones_like(tokens, dtype=wide)
+
+
+def predict(logits, config, temperature=0.0, generator=None):
+    """Probability (Eq. 1) and id of a token for each row.  (B, R, V) -> 2 x (B, R)
+
+    The likeliest one, or at a temperature one drawn from softmax(logits / temperature), by Gumbel
+    noise in float64 as LLaDA does. Never [MASK] or an id without a token.
+    """
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    score = logits.masked_fill(
+        (ids == config.mask_token_id) | (ids >= config.vocab_size), -torch.inf
+    )
+    if temperature > 0:
+        noise = torch.empty_like(score, dtype=torch.float64).uniform_(generator=generator)
+        score = score - temperature * torch.log(-torch.log(noise))
+    token = score.argmax(dim=-1, keepdim=True)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return torch.softmax(logits, dim=-1, dtype=wide).gather(-1, token)[..., 0], token[..., 0]
+
+
+def unmask(state, masked, confidence, sigma, tokens_per_step, threshold):
+    """The positions committed in this step, of those recomputed and `masked` in the block.  (B, T)
+
+    The tokens_per_step best by confidence, or by certainty prior if sigma is given; with a threshold
+    also all whose confidence exceeds it, as in Fast-dLLM.
+    """
+    score = confidence if sigma is None else certainty_prior(confidence, state.known, sigma)
+    candidates = masked & in_block(state)
+    commit = best(score, candidates, tokens_per_step)
+    return commit if threshold is None else commit | candidates & (confidence > threshold)
+
+
+def end_at_eos(state, eos, prompt_length):
+    """The state with everything after a response's first EOS made EOS, once all before it is known."""
+    settled = state.masked.cumsum(dim=1) == 0
+    settled[:, :prompt_length] = False
+    ended = ((state.tokens == eos) & settled).cumsum(dim=1) > 0  # from the first one on
+    return replace(state, tokens=state.tokens.masked_fill(ended, eos), known=state.known | ended)
 
 
 def new_cache(model, B, T):
@@ -274,88 +354,53 @@ def new_cache(model, B, T):
     return KVCache(model.config, B, T, weight.device, weight.dtype)
 
 
-class CudaGraphs:
-    """Replays `recompute` as CUDA graphs: one launch for the model's thousand.
-
-    A graph fixes sizes and addresses. So Q and R are rounded up to multiples of `bucket` (`pack`
-    fills up with repeats, which change results by round-off at most), each pair gets a graph when
-    it first occurs, and all decodes of one shape share a cache, which stays as long as this object.
-    """
-
-    def __init__(self, model, bucket=32):
-        self.model, self.bucket = model, bucket
-        self.caches, self.graphs, self.pool = {}, {}, None
-
-    def round_up(self, n, most):
-        return min(most, math.ceil(n / self.bucket) * self.bucket)
-
-    def cache(self, B, T):
-        if (B, T) not in self.caches:
-            self.caches[B, T] = new_cache(self.model, B, T)
-        return self.caches[B, T]
-
-    def recompute(self, model, cache, tokens, positions, valid, R, uses_attention):
-        inputs, sizes = (tokens, positions, valid), (*tokens.shape, positions.shape[1], R)
-        if (sizes, uses_attention) not in self.graphs:
-            own = [tensor.clone() for tensor in inputs]
-            run = partial(recompute, model, cache, *own, R, uses_attention)
-            self.graphs[sizes, uses_attention] = own, *self.capture(run)
-        own, graph, outputs = self.graphs[sizes, uses_attention]
-        for tensor, value in zip(own, inputs):
-            tensor.copy_(value)
-        graph.replay()
-        return outputs
-
-    def capture(self, run):
-        """A graph of what run() launches, and the tensors that a replay leaves its results in."""
-        graph, device = torch.cuda.CUDAGraph(), self.model.wte.weight.device
-        # Sharing memory is safe: the results of one graph are used up before the next is replayed.
-        with torch.cuda.device(device), torch.cuda.graph(graph, pool=self.pool):
-            outputs = run()
-        self.pool = graph.pool()
-        return graph, outputs
-
-
 @torch.no_grad()
 def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
-             policy=RecomputeAll(), sigma=None, on_step=None, graphs=None):  # fmt: skip
+             policy=RecomputeAll(), sigma=None, on_step=None, graphs=None, prompt_mask=None,
+             threshold=None, stop_at_eos=False, temperature=0.0, generator=None):  # fmt: skip
     """Decode gen_length tokens after each prompt.  (B, P) integers -> (B, P + gen_length)
 
     Blocks of block_length positions are decoded from left to right (None: one block). Each step
     recomputes what `policy` chooses and commits the tokens_per_step best of the block's masked
-    positions among them: by confidence, or by certainty prior if sigma is given. [MASK] is never
-    predicted, and a sequence decodes alone as in company, but for round-off. on_step(state, chosen)
-    is called after every step with the new State and the positions (B, T) that were recomputed.
-    graphs, a CudaGraphs of the model, makes every step but the first a replay.
+    positions among them: by confidence, or by certainty prior if sigma is given. With a threshold
+    it also commits all others of them whose confidence exceeds it. [MASK] is never predicted, and a
+    sequence decodes alone as in company, but for round-off.
+    Short prompts are padded on the left, where prompt_mask (B, P) is 0. stop_at_eos makes all that
+    follows a sequence's first EOS token EOS once everything before it is decoded. A temperature
+    above 0 draws tokens with a torch.Generator. on_step(state, chosen) is called after every step
+    with the new State and the positions (B, T) that were recomputed. graphs, a CudaGraphs of the
+    model (bench.py), makes every step but the first a replay.
     Raises ValueError for arguments out of range and for a policy that leaves nothing to commit.
     """
-    prompt = check_arguments(model, prompt, gen_length, block_length, tokens_per_step, sigma)
+    prompt, padding = check_prompt(model, prompt, prompt_mask, gen_length)
+    check_settings(model, gen_length, block_length, tokens_per_step, sigma, threshold,
+                   temperature, generator)  # fmt: skip
     require(not graphs or graphs.model is model, "graphs should be CudaGraphs(model) of this model")
-    (B, P), T = prompt.shape, prompt.shape[1] + gen_length
-    block_length = block_length or gen_length
-    state = blank_canvas(model, prompt, gen_length)
+    (B, P), T, config = prompt.shape, prompt.shape[1] + gen_length, model.config
+    state = blank_canvas(model, prompt, gen_length, padding)
     cache = graphs.cache(B, T) if graphs else new_cache(model, B, T)
+    block_length = block_length or gen_length
 
     for start in range(P, T, block_length):
         state = replace(state, block=slice(start, start + block_length))
-        left = [block_length] * B  # masked positions of the block, by sequence
+        left = state.masked[:, state.block].sum(dim=1).tolist()  # to be committed, by sequence
         while any(left):
-            waits = state.known[:, state.block].all(dim=1, keepdim=True)  # for other sequences
-            chosen = choose(policy, state, waits)
-            masked = chosen & ~state.known
+            waits = ~state.masked[:, state.block].any(dim=1, keepdim=True)  # for other sequences
+            chosen, masked = choose(policy, state, waits, config.shifted)
             Q, R, candidates = count(chosen, masked, state, left, policy)
             Q, R = (graphs.round_up(Q, T), graphs.round_up(R, T)) if graphs else (Q, R)
             positions, valid = pack(chosen, masked, Q)
-            rows = positions[:, :R]  # pack puts the masked ones first
 
             replay = graphs and state.step > 0  # a graph of the first would keep its T x T maps
-            confidence, token, influence = (graphs.recompute if replay else recompute)(
-                model, cache, state.tokens, positions, valid, R, policy.uses_attention
+            logits, influence = (graphs.recompute if replay else recompute)(
+                model, cache, R, policy.uses_attention, state.tokens, positions, valid, padding
             )
-            scattered = state.confidence.scatter(1, rows, confidence)
-            confidence = scattered.where(masked, state.confidence)
-            score = confidence if sigma is None else certainty_prior(confidence, state.known, sigma)
-            commit = best(score, masked & in_block(state), tokens_per_step)
+            rows, real = positions[:, :R], valid[:, :R]  # pack puts the masked ones first
+            confidence, token = predict(logits, config, temperature, generator)
+            confidence, token = (x.where(real, x[:, :1]) for x in (confidence, token))
+            confidence = state.confidence.scatter(1, rows, confidence)
+            confidence = confidence.where(masked, state.confidence)
+            commit = unmask(state, masked, confidence, sigma, tokens_per_step, threshold)
 
             state = replace(
                 state,
@@ -366,7 +411,11 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
                 influence=state.influence.where(waits, influence),
                 step=state.step + 1,
             )
-            left = [n - min(m, tokens_per_step) for n, m in zip(left, candidates)]
+            state = end_at_eos(state, config.eos_token_id, P) if stop_at_eos else state
+            if threshold is None and not stop_at_eos:  # known without waiting for the device
+                left = [n - min(m, tokens_per_step) for n, m in zip(left, candidates)]
+            else:
+                left = state.masked[:, state.block].sum(dim=1).tolist()
             if on_step is not None:
                 on_step(state, chosen)
     return state.tokens

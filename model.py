@@ -1,4 +1,4 @@
-"""The LLaDA transformer, with a forward pass that recomputes any subset of the positions.
+"""The transformer of LLaDA and Dream, whose forward pass recomputes any subset of the positions.
 
 A masked diffusion language model is a transformer without a causal mask: it reads a canvas of
 prompt and [MASK] tokens and predicts a token at every position. `Transformer.forward` recomputes
@@ -6,7 +6,7 @@ the positions it is told to, writes their keys and values into a `KVCache`, and 
 every key and value in there. With all positions this is the plain model. Which positions are worth
 recomputing is not decided in this file.
 
-LLaDA: arXiv 2502.09992. Index order is always batch, position, head, channel:
+LLaDA: arXiv 2502.09992, Dream: 2508.15487. Index order is always batch, position, head, channel:
     B  sequences                       H  query heads
     T  positions, prompt and response  G  key/value heads (G divides H)
     Q  positions recomputed, Q <= T    D  channels per head
@@ -16,7 +16,7 @@ LLaDA: arXiv 2502.09992. Index order is always batch, position, head, channel:
 
 import json
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,21 +26,42 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
 
-PREFIX = "model.transformer."  # of every tensor's name in a checkpoint
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAP_ROWS = 256  # rows of the attention map computed at once: bounds memory
 
 # Keys of config.json that change what the model computes, and the one value implemented here.
 IMPLEMENTED = dict(
-    block_type="llama", block_group_size=1, activation_type="silu", weight_tying=False,
-    include_bias=False, include_qkv_bias=False, multi_query_attention=None, clip_qkv=None,
-    layer_norm_type="rms", layer_norm_with_affine=True, bias_for_layer_norm=False,
-    attention_layer_norm=False, input_emb_norm=False, scale_logits=False,
-    rope=True, rope_full_precision=True, rope_scaling=None, alibi=False, sliding_window=None,
+    block_type="llama", block_group_size=1, activation_type="silu", include_bias=False,
+    multi_query_attention=None, clip_qkv=None, layer_norm_type="rms", layer_norm_with_affine=True,
+    bias_for_layer_norm=False, attention_layer_norm=False, input_emb_norm=False,
+    scale_logits=False, rope=True, rope_full_precision=True, rope_scaling=None, rope_type="default",
+    alibi=False, sliding_window=None, hidden_act="silu", mlp_bias=False, use_mrope=False,
+    use_sliding_window=False,
 )  # fmt: skip
+
+# LLaDA's names are ours. The same in the layout of Hugging Face's Llama, which Dream follows:
+HF_KEYS = dict(
+    d_model="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
+    n_kv_heads="num_key_value_heads", mlp_hidden_size="intermediate_size",
+    embedding_size="vocab_size", max_sequence_length="max_position_embeddings",
+    weight_tying="tie_word_embeddings",
+)  # fmt: skip
+HF_NAMES = {
+    "wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head",
+    "blocks.attn_norm": "input_layernorm", "blocks.ff_norm": "post_attention_layernorm",
+    "blocks.q_proj": "self_attn.q_proj", "blocks.k_proj": "self_attn.k_proj",
+    "blocks.v_proj": "self_attn.v_proj", "blocks.attn_out": "self_attn.o_proj",
+    "blocks.ff_proj": "mlp.gate_proj", "blocks.up_proj": "mlp.up_proj",
+    "blocks.ff_out": "mlp.down_proj",
+}  # fmt: skip
+# How Qwen2, and so Dream, cuts a text into words.
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def require(condition, message):
@@ -51,7 +72,7 @@ def require(condition, message):
 
 @dataclass(frozen=True)
 class Config:
-    """Shape of the model; every field is the key of the same name in the checkpoint's config.json.
+    """Shape of the model; the fields are keys of a LLaDA checkpoint's config.json.
 
     Raises ValueError for numbers that make no transformer.
     """
@@ -61,21 +82,26 @@ class Config:
     n_heads: int
     n_kv_heads: int
     mlp_hidden_size: int
-    vocab_size: int
+    vocab_size: int  # ids with a token; the embedding may have more rows
     embedding_size: int
     max_sequence_length: int
     rope_theta: float
     rms_norm_eps: float
     mask_token_id: int
     eos_token_id: int
+    include_qkv_bias: bool = False
+    weight_tying: bool = False  # the embedding is the head too
+    model_type: str = "llada"
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            number = isinstance(value, (int, field.type)) and not isinstance(value, bool)
-            least = 0 if field.name.endswith("_id") else 1 if field.type is int else 1e-30
-            said = f"{field.name} is {value!r}, should be {field.type.__name__}"
-            require(number and least <= value < 2**31, f"{said} from {least} to 2^31")
+            value, kind = getattr(self, field.name), field.type
+            said = f"{field.name} is {value!r}, should be {kind.__name__}"
+            require(isinstance(value, (int, kind) if kind is float else kind), said)
+            require(isinstance(value, bool) == (kind is bool), said)
+            if kind in (int, float):
+                least = 1e-30 if kind is float else 0 if field.name.endswith("_id") else 1
+                require(least <= value < 2**31, f"{said} from {least} to 2^31")
         heads, groups, rows = self.n_heads, self.n_kv_heads, self.embedding_size
         said = f"d_model is {self.d_model}, should be an even multiple of n_heads {heads}"
         require(self.d_model % (2 * heads) == 0, said)
@@ -90,24 +116,34 @@ class Config:
     def head_dim(self):
         return self.d_model // self.n_heads
 
+    @property
+    def shifted(self):
+        """Whether logits are shifted by one: row i - 1 predicts position i, and row 0 itself too."""
+        return self.model_type == "Dream"
+
     @classmethod
     def from_json(cls, path):
-        """Config of the config.json at `path`.
+        """Config of the config.json at `path`, in LLaDA's layout or that of Hugging Face's Llama.
 
         Raises ValueError if the file is missing or no JSON object, lacks a field, or asks for
         something that this file does not implement. Keys that do not change inference are ignored.
         """
-        values = read_json(path)
+        values = config_values(Path(path))
         for key, implemented in IMPLEMENTED.items():
             value = values.get(key, implemented)
             same = value == implemented or value is False and implemented is None
             require(same, f"{path}: {key} is {value!r}, but only {implemented!r} is implemented")
-        missing = [field.name for field in fields(cls) if field.name not in values]
+        given = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        needed = [field.name for field in fields(cls) if field.default is MISSING]
+        missing = [name for name in needed if name not in given]
         require(not missing, f"{path}: missing keys {missing}")
         try:
-            return cls(**{field.name: values[field.name] for field in fields(cls)})
+            config = cls(**given)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        D = values.get("head_dim") or config.head_dim
+        require(D == config.head_dim, f"{path}: head_dim is {D}, should be {config.head_dim}")
+        return config
 
 
 class KVCache:
@@ -141,14 +177,15 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def attend(q, k, v):
+def attend(q, k, v, padding=None):
     """Softmax attention of every query over all T positions.  (B, Q, H, D) -> (B, Q, H, D)"""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa).transpose(1, 2)
+    mask = None if padding is None else ~padding[:, None, None]  # (B, T) -> (B, 1, 1, T)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=gqa).transpose(1, 2)
 
 
-def attention_map(q, k):
+def attention_map(q, k, padding=None):
     """The weights of `attend`, averaged over heads.  (B, Q, H, D), (B, T, G, D) -> (B, Q, T)
 
     In slices of MAP_ROWS rows: all heads at once would be H * Q * T numbers.
@@ -160,6 +197,8 @@ def attention_map(q, k):
     for rows in q.split(MAP_ROWS, dim=1):
         rows = rows.unflatten(2, (G, share)).permute(0, 2, 3, 1, 4)  # -> (B, G, H / G, rows, D)
         scores = rows.flatten(2, 3) * D**-0.5 @ keys  # one product for all heads of a group
+        if padding is not None:
+            scores = scores.masked_fill(padding[:, None, None], -torch.inf)
         weights = torch.softmax(scores, dim=-1, dtype=wide).unflatten(2, (share, -1))
         slices.append(weights.mean(dim=(1, 2)))  # (B, G, H / G, rows, T) -> (B, rows, T)
     return torch.cat(slices, dim=1)
@@ -172,18 +211,18 @@ class Block(nn.Module):
         super().__init__()
         C, hidden = config.d_model, config.mlp_hidden_size
         self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
-        kv = config.n_kv_heads * config.head_dim
+        kv, bias = config.n_kv_heads * config.head_dim, config.include_qkv_bias
         self.attn_norm = nn.RMSNorm(C, config.rms_norm_eps)
-        self.q_proj = nn.Linear(C, C, bias=False)
-        self.k_proj = nn.Linear(C, kv, bias=False)
-        self.v_proj = nn.Linear(C, kv, bias=False)
+        self.q_proj = nn.Linear(C, C, bias=bias)
+        self.k_proj = nn.Linear(C, kv, bias=bias)
+        self.v_proj = nn.Linear(C, kv, bias=bias)
         self.attn_out = nn.Linear(C, C, bias=False)
         self.ff_norm = nn.RMSNorm(C, config.rms_norm_eps)
         self.ff_proj = nn.Linear(C, hidden, bias=False)
         self.up_proj = nn.Linear(C, hidden, bias=False)
         self.ff_out = nn.Linear(hidden, C, bias=False)
 
-    def forward(self, x, cos, sin, update, return_attention):
+    def forward(self, x, cos, sin, update, padding, return_attention):
         """x (B, Q, C) -> (B, Q, C), and the attention map (B, Q, T) or None.
 
         update(k, v) caches the keys and values of the Q positions and gives those of all T; if it
@@ -196,36 +235,39 @@ class Block(nn.Module):
         k = rotate(k, cos, sin)
         if update is not None:
             k, v = update(k, v)  # (B, Q, G, D) -> (B, T, G, D)
-        x = x + self.attn_out(attend(q, k, v).flatten(2))
+        x = x + self.attn_out(attend(q, k, v, padding).flatten(2))
         h = self.ff_norm(x)
         x = x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
-        return x, attention_map(q, k) if return_attention else None
+        return x, attention_map(q, k, padding) if return_attention else None
 
 
 class Transformer(nn.Module):
-    """LLaDA; its parameters carry the checkpoint's names, without their common prefix."""
+    """LLaDA or Dream; modules carry the names of LLaDA's checkpoint."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.embedding_size, config.d_model)
+        rows, C = config.embedding_size, config.d_model
+        self.wte = nn.Embedding(rows, C)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.ln_f = nn.RMSNorm(config.d_model, config.rms_norm_eps)
-        self.ff_out = nn.Linear(config.d_model, config.embedding_size, bias=False)
+        self.ln_f = nn.RMSNorm(C, config.rms_norm_eps)
+        self.ff_out = None if config.weight_tying else nn.Linear(C, rows, bias=False)
 
-    def forward(self, tokens, positions=None, cache=None, return_attention=False):
+    def forward(self, tokens, positions=None, cache=None, return_attention=False, padding=None):
         """Logits of the recomputed positions, (B, Q, V); every position if `positions` is None.
 
         tokens (B, T) and positions (B, Q) are integers; positions may repeat. All Q positions
         attend to all T: to the values just computed where recomputed, else to the `cache`, which
-        is updated in place. With return_attention, also the head-averaged attention (L, B, Q, T).
+        is updated in place; but nothing attends to `padding`, (B, T) bool or None. RoPE knows only
+        distances, so padding before a sequence does not change it. With return_attention, also the
+        head-averaged attention (L, B, Q, T).
         Raises ValueError if there are positions but no cache, or a cache of another shape.
         """
-        hidden, maps = self.trunk(tokens, positions, cache, return_attention)
+        hidden, maps = self.trunk(tokens, positions, cache, return_attention, padding)
         logits = self.head(hidden)
         return (logits, maps) if return_attention else logits
 
-    def trunk(self, tokens, positions=None, cache=None, return_attention=False):
+    def trunk(self, tokens, positions=None, cache=None, return_attention=False, padding=None):
         """`forward` up to the head: residual stream (B, Q, C), and maps (L, B, Q, T) or None."""
         B, T = tokens.shape
         if positions is None:
@@ -243,14 +285,14 @@ class Transformer(nn.Module):
             maps = x.new_empty(len(self.blocks), *positions.shape, T, dtype=wide)
         for layer, block in enumerate(self.blocks):
             update = None if cache is None else partial(cache.update, layer, positions)
-            x, attention = block(x, cos, sin, update, return_attention)
+            x, attention = block(x, cos, sin, update, padding, return_attention)
             if return_attention:
                 maps[layer] = attention
         return x, maps
 
     def head(self, hidden):
         """Residual stream -> logits.  (B, Q, C) -> (B, Q, V)"""
-        return self.ff_out(self.ln_f(hidden))
+        return F.linear(self.ln_f(hidden), (self.ff_out or self.wte).weight)
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id, device="cpu", dtype=None):
@@ -266,13 +308,52 @@ class Transformer(nn.Module):
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device is {str(device)!r}, torch refuses: {error}") from error
         folder = checkpoint_folder(path_or_repo_id)
-        with torch.device("meta"):
-            model = cls(Config.from_json(folder / "config.json"))
+        config = Config.from_json(folder / "config.json")
         tensors = dict(read_tensors(folder, device, dtype))
-        check_tensors(tensors, {PREFIX + name: p for name, p in model.named_parameters()}, folder)
-        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-        model.load_state_dict(tensors, strict=True, assign=True)
+        hf = any(name.startswith("model.layers.") for name in tensors)
+        if hf:  # whose config.json is silent about biases
+            bias = any(name.endswith("q_proj.bias") for name in tensors)
+            config = replace(config, include_qkv_bias=bias)
+        if config.weight_tying:  # some files hold the head nevertheless
+            tensors.pop(checkpoint_name("ff_out.weight", hf), None)
+        with torch.device("meta"):
+            model = cls(config)
+        names = {checkpoint_name(name, hf): name for name in model.state_dict()}
+        check_tensors(tensors, {name: model.get_parameter(names[name]) for name in names}, folder)
+        ours = {names[name]: tensor for name, tensor in tensors.items()}
+        model.load_state_dict(ours, strict=True, assign=True)
         return model.requires_grad_(False)
+
+
+def checkpoint_name(name, hf):
+    """What a checkpoint calls our parameter: in the layout of Hugging Face's Llama, or LLaDA's."""
+    *block, module, kind = name.split(".")  # block is ["blocks", "3"], or empty
+    if not hf:
+        return "model.transformer." + name
+    if block:
+        return f"model.layers.{block[1]}.{HF_NAMES['blocks.' + module]}.{kind}"
+    return f"{HF_NAMES[module]}.{kind}"
+
+
+def config_values(path):
+    """The config.json at `path` under our keys, and what the files beside it say of the tokens."""
+    folder, values = path.parent, read_json(path)
+    if isinstance(values.get("rope_parameters"), dict):  # where newer files keep rope_theta
+        values |= values["rope_parameters"]
+    if "hidden_size" in values:
+        values |= {ours: values[key] for ours, key in HF_KEYS.items() if key in values}
+    if values.get("use_sliding_window") is False:
+        values["sliding_window"] = None
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        return values
+    tokenizer, about = load_tokenizer(folder), folder / "tokenizer_config.json"
+    if isinstance(values.get("vocab_size"), int):  # may count embedding rows without a token
+        values["vocab_size"] = min(values["vocab_size"], 1 + max(tokenizer.get_vocab().values()))
+    if values.get("mask_token_id") is None and about.exists():
+        token = read_json(about).get("mask_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        values["mask_token_id"] = tokenizer.token_to_id(str(token))
+    return values
 
 
 def checkpoint_folder(path_or_repo_id):
@@ -280,7 +361,7 @@ def checkpoint_folder(path_or_repo_id):
     if str(path_or_repo_id) and Path(path_or_repo_id).is_dir():
         return Path(path_or_repo_id)
     try:
-        patterns = ["*.json", "*.safetensors"]
+        patterns = ["*.json", "*.safetensors", "merges.txt"]
         return Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
     except Exception as error:  # errors of the hub, its cache and HTTP share no base class
         reason = str(error).strip().split("\n")[0]
@@ -348,12 +429,34 @@ def check_tensors(found, expected, folder):
 
 
 def load_tokenizer(path_or_repo_id):
-    """The tokenizer beside a checkpoint; ValueError if there is no readable tokenizer.json."""
-    file = checkpoint_folder(path_or_repo_id) / "tokenizer.json"
+    """The tokenizer beside a checkpoint: of tokenizer.json, or else of Qwen2's three files.
+
+    Raises ValueError if there is no readable one.
+    """
+    folder = checkpoint_folder(path_or_repo_id)
+    file = folder / "tokenizer.json"
     try:
+        if (folder / "vocab.json").exists() and not file.exists():
+            return qwen2_tokenizer(folder)
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise ValueError(f"{file}: no readable tokenizer ({error})") from error
+
+
+def qwen2_tokenizer(folder):
+    """Byte-level BPE of vocab.json and merges.txt, then the tokens of added_tokens.json."""
+    files = (str(folder / name) for name in ("vocab.json", "merges.txt"))
+    tokenizer = Tokenizer(models.BPE.from_file(*files))
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    tokenizer.decoder = decoders.ByteLevel()
+    ids = read_json(folder / "added_tokens.json")
+    tokenizer.add_special_tokens(sorted(ids, key=ids.get))
+    wrong = [token for token in ids if tokenizer.token_to_id(token) != ids[token]]
+    require(not wrong, f"added_tokens.json: the ids of {wrong} should follow those of vocab.json")
+    return tokenizer
 
 
 def chat_prompt(messages):
@@ -364,13 +467,24 @@ def chat_prompt(messages):
     return "<|startoftext|>" + "".join(header.format(*turn) for turn in turns)
 
 
+def chatml_prompt(messages):
+    """The same in ChatML, Dream's template, which always starts with a system message."""
+    if not messages or messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
+    turn = "<|im_start|>{role}\n{content}<|im_end|>\n"
+    return "".join(turn.format(**message) for message in messages) + "<|im_start|>assistant\n"
+
+
 def encode_prompt(tokenizer, text):
     """A user's text as the model expects it, in the chat template if it has one.  -> (1, P) ids
 
     Raises ValueError for words that the tokenizer does not know.
     """
-    if tokenizer.token_to_id("<|start_header_id|>") is not None:
-        text = chat_prompt([{"role": "user", "content": text}])
+    templates = {"<|start_header_id|>": chat_prompt, "<|im_start|>": chatml_prompt}
+    for token, template in templates.items():
+        if tokenizer.token_to_id(token) is not None:
+            text = template([{"role": "user", "content": text}])
+            break
     encoding = tokenizer.encode(text, add_special_tokens=False)
     pieces = zip(encoding.tokens, encoding.offsets)
     unknown = [text[start:stop].strip() for token, (start, stop) in pieces if token == "<unk>"]

@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from d2cache import CudaGraphs, D2Cache, DualCache, PrefixCache, RecomputeAll, generate
+from bench import CudaGraphs
+from d2cache import D2Cache, DualCache, PrefixCache, RecomputeAll, generate
 
 from strategies import ModelSpec
 

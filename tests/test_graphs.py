@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from d2cache import CudaGraphs, D2Cache, DualCache, PrefixCache, RecomputeAll, generate
+from bench import CudaGraphs
+from d2cache import D2Cache, DualCache, PrefixCache, RecomputeAll, generate
 from hypothesis import given
 from hypothesis import strategies as st
 
