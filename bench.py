@@ -19,8 +19,16 @@ from functools import partial
 from pathlib import Path
 
 from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, attention_rollout, best, certainty_prior
-from d2cache import choose, generate, new_cache, pack, predict, recompute, settings
-from model import Config, Transformer, decode_response, encode_prompt, load_tokenizer, require
+from d2cache import choose, generate, pack, predict, recompute, settings
+from model import (
+    Config,
+    KVCache,
+    Transformer,
+    decode_response,
+    encode_prompt,
+    load_tokenizer,
+    require,
+)
 
 import torch  # after model, which keeps its import quiet
 from huggingface_hub.utils import tqdm
@@ -44,6 +52,12 @@ CPU_SHAPE = replace(  # an eighth as wide and a quarter as deep
     vocab_size=15808, embedding_size=15808, mask_token_id=15792, eos_token_id=15760,
 )  # fmt: skip
 LLADA_8B_BYTES = 22e9  # weights 16 GB, cache 2.1, the first step's maps 2.1, and what is fleeting
+
+
+def new_cache(model, B, T):
+    """An empty cache in the model's precision, on its device."""
+    weight = model.wte.weight
+    return KVCache(model.config, B, T, weight.device, weight.dtype)
 
 
 class CudaGraphs:

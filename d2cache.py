@@ -13,9 +13,10 @@ B sequences, T positions, P of them prompt, Q recomputed, R of these masked, L l
 
 import argparse
 import math
+import os
 import sys
+import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from model import KVCache, Transformer, decode_response, encode_prompt, load_tokenizer, require
@@ -29,6 +30,11 @@ EXAMPLE = (
     "sells 9 stickers at the market. On Friday Anna gets 8 more stickers at the school. "
     "How many stickers does Anna have now?"
 )
+REASONS = {  # to recompute a position: colour on paper, colour in a terminal
+    "masked (certainty prior)": ("#f2b134", "30;43"),
+    "just decoded": ("#d1495b", "97;41"),
+    "known (attention rollout)": ("#3d7ea6", "97;44"),
+}
 
 
 def certainty_density(known, sigma, dtype=torch.float32):
@@ -182,16 +188,17 @@ class D2Cache:
         return nucleus(state.influence, self.p, among=state.known)
 
 
-def check_prompt(model, prompt, prompt_mask, gen_length):
-    """Prompt and padding, (B, P) int64 and (B, T) bool or None, on the model's device.
+def check_canvas(model, prompt, gen_length, prompt_mask):
+    """The prompt as int64 and the padding, (B, T) bool or None, both on the model's device.
 
-    ValueError for what `generate` cannot decode.
+    ValueError for a canvas that `generate` cannot decode.
     """
-    integer = prompt.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    shape = f"prompt is {tuple(prompt.shape)} {prompt.dtype}"
-    require(integer and prompt.dim() == 2 and len(prompt), f"{shape}, should be (B, P) integers")
-    P, most, V = prompt.shape[1], model.config.max_sequence_length, model.config.vocab_size
+    shape, kind = tuple(prompt.shape), prompt.dtype
+    integer = kind in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    fits = integer and len(shape) == 2 and shape[0] > 0
+    require(fits, f"prompt is {shape} {kind}, should be (B, P) integers")
     prompt = prompt.to(model.wte.weight.device, torch.long)
+    P, most, V = shape[1], model.config.max_sequence_length, model.config.vocab_size
     wrong = prompt[(prompt < 0) | (prompt >= V)].unique().tolist()
     require(not wrong, f"prompt holds ids {wrong[:5]}, should be 0 to {V - 1}")
     require(gen_length >= 1, f"gen_length is {gen_length}, should be at least 1")
@@ -199,17 +206,15 @@ def check_prompt(model, prompt, prompt_mask, gen_length):
     require(P + gen_length <= most, f"{lengths}, should be at most max_sequence_length {most}")
     if prompt_mask is None:
         return prompt, None
-    shape = tuple(prompt_mask.shape)
-    require(shape == prompt.shape, f"prompt_mask is {shape}, should be {tuple(prompt.shape)}")
+    given = tuple(prompt_mask.shape)
+    require(given == shape, f"prompt_mask is {given}, should be {shape}, as the prompt")
     real = prompt_mask.to(prompt.device).bool()
-    wrong = (real[:, :-1] & ~real[:, 1:]).any(dim=1) | ~real.any(dim=1)
-    said = f"prompt_mask is {prompt_mask[wrong].tolist()} in rows {wrong.nonzero()[:, 0].tolist()}"
-    require(not wrong.any(), f"{said}, should be zeros (padding), then at least one 1")
-    return prompt, F.pad(~real, (0, gen_length), value=False) if not real.all() else None
+    wrong = ((real[:, :-1] & ~real[:, 1:]).any(dim=1) | ~real.any(dim=1)).nonzero()[:, 0].tolist()
+    require(not wrong, f"prompt_mask rows {wrong} should be zeros (padding), then at least one 1")
+    return prompt, None if real.all() else F.pad(~real, (0, gen_length), value=False)
 
 
-def check_settings(model, gen_length, block_length, tokens_per_step, sigma, threshold,
-                   temperature, generator):  # fmt: skip
+def check_settings(gen_length, block_length, tokens_per_step, sigma, threshold, temperature):
     """ValueError for settings of `generate` that are out of range."""
     divides = block_length is None or block_length >= 1 and gen_length % block_length == 0
     require(divides, f"block_length is {block_length}, should divide gen_length {gen_length}")
@@ -218,9 +223,6 @@ def check_settings(model, gen_length, block_length, tokens_per_step, sigma, thre
     share = threshold is None or 0 <= threshold <= 1
     require(share, f"threshold is {threshold}, should be from 0 to 1, or None")
     require(0 <= temperature < math.inf, f"temperature is {temperature}, should be at least 0")
-    place, own = model.wte.weight.device.type, generator and generator.device.type
-    said = f"generator is on {own}, should be a torch.Generator on {place}, for temperature > 0"
-    require(temperature == 0 or own == place, said)
 
 
 def blank_canvas(model, prompt, gen_length, padding):
@@ -229,23 +231,22 @@ def blank_canvas(model, prompt, gen_length, padding):
     known = F.pad(torch.ones_like(prompt, dtype=torch.bool), (0, gen_length), value=False)
     known = known if padding is None else known & ~padding
     wide = torch.promote_types(model.wte.weight.dtype, torch.float32)
-    zeros = torch.zeros(tokens.shape, device=tokens.device, dtype=wide)
-    ones, fresh = torch.ones_like(zeros), torch.zeros_like(known)
-    return State(tokens, known, fresh, zeros, ones, slice(0, 0), step=0, padding=padding)
+    zeros = torch.zeros_like(tokens, dtype=wide)
+    fresh, nowhere = torch.zeros_like(known), slice(0, 0)
+    return State(tokens, known, fresh, zeros, torch.ones_like(zeros), nowhere, 0, padding)
 
 
 def choose(policy, state, waits, shifted):
     """The positions recomputed in this step, and those of them to be predicted.  2 x (B, T)
 
     All in the first step, then as the policy says; but no padding, and nothing in a sequence that
-    `waits` (B, 1), its block done before others'. Where logits are shifted, the row that predicts a
-    masked position is the one before it, and recomputed too.
+    `waits` (B, 1), its block done before others'. If logits are `shifted`, a masked position is
+    predicted by the row before it, which is recomputed too.
     """
-    shape = tuple(state.known.shape)
     chosen = torch.ones_like(state.known) if state.step == 0 else policy.choose(state)
     said = f"policy {type(policy).__name__} chose {tuple(chosen.shape)} {chosen.dtype}"
-    matches = chosen.dtype == torch.bool and chosen.shape == shape
-    require(matches, f"{said}, should be {shape} torch.bool")
+    matches = chosen.dtype == torch.bool and chosen.shape == state.known.shape
+    require(matches, f"{said}, should be {tuple(state.known.shape)} torch.bool")
     chosen = chosen & ~waits & (state.known | state.masked)
     masked = chosen & state.masked
     return chosen | F.pad(masked[:, 1:], (0, 1)) if shifted else chosen, masked
@@ -277,15 +278,15 @@ def pack(chosen, masked, Q):
     return torch.where(valid, order, order[:, :1]), valid
 
 
-def predicting(hidden, positions, R, T):
-    """Of recomputed rows, those whose logits predict the first R positions, if logits are shifted.
+def rows_before(hidden, positions, T):
+    """For each position the row of the one before it, where that is recomputed too.
 
-    Position i is predicted by row i - 1, and 0 by its own.  (B, Q, C) -> (B, R, C)
+    hidden (B, Q, C), positions (B, Q) -> (B, Q, C). Position 0 has its own row.
     """
     rows = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
     row_of = positions.new_zeros(len(positions), T).scatter(1, positions, rows)  # (B, Q) -> (B, T)
-    before = row_of.gather(1, (positions[:, :R] - 1).clamp(min=0))
-    return hidden.gather(1, before[..., None].expand(-1, -1, hidden.shape[2]))
+    before = row_of.gather(1, (positions - 1).clamp(min=0))
+    return hidden.gather(1, before[..., None].expand_as(hidden))
 
 
 def recompute(model, cache, R, uses_attention, tokens, positions, valid, padding=None):
@@ -294,32 +295,29 @@ def recompute(model, cache, R, uses_attention, tokens, positions, valid, padding
     Only what predicts the first R positions, the masked ones, passes the head. -> their logits
     (B, R, V), and the influence of every position, (B, T): all alike if it is not used.
     """
-    # A sequence that waits has no valid position: it repeats position 0, which must leave no trace.
-    waits, kept = (
-        ~valid.any(dim=1)[:, None, None],
-        (cache.k[:, :, 0].clone(), cache.v[:, :, 0].clone()),
-    )
+    # A sequence that waits has nothing valid: it repeats position 0, which must leave no trace.
+    waits = ~valid.any(dim=1)[:, None, None]
+    stored = [(tensor, tensor[:, :, 0].clone()) for tensor in (cache.k, cache.v)]
     hidden, maps = model.trunk(tokens, positions, cache, uses_attention, padding)
-    for written, before in zip((cache.k, cache.v), kept):
-        written[:, :, 0] = before.where(waits, written[:, :, 0])
-    T, shifted = tokens.shape[1], model.config.shifted
-    logits = model.head(predicting(hidden, positions, R, T) if shifted else hidden[:, :R])
+    for tensor, before in stored:
+        tensor[:, :, 0] = before.where(waits, tensor[:, :, 0])
+    if model.config.shifted:
+        hidden = rows_before(hidden, positions, tokens.shape[1])
+    influence = torch.ones_like(tokens, dtype=torch.promote_types(hidden.dtype, torch.float32))
     if uses_attention:
-        return logits, attention_rollout(maps, positions, valid)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    return logits, torch.ones_like(tokens, dtype=wide)
+        influence = attention_rollout(maps, positions, valid)
+    return model.head(hidden[:, :R]), influence
 
 
 def predict(logits, config, temperature=0.0, generator=None):
-    """Probability (Eq. 1) and id of a token for each row.  (B, R, V) -> 2 x (B, R)
+    """Probability (Eq. 1) and id of each row's token.  (B, R, V) -> 2 x (B, R)
 
-    The likeliest one, or at a temperature one drawn from softmax(logits / temperature), by Gumbel
-    noise in float64 as LLaDA does. Never [MASK] or an id without a token.
+    The likeliest one, or one drawn from softmax(logits / temperature) by Gumbel noise, in float64
+    as in LLaDA. [MASK] and ids without a token are excluded.
     """
     ids = torch.arange(logits.shape[-1], device=logits.device)
-    score = logits.masked_fill(
-        (ids == config.mask_token_id) | (ids >= config.vocab_size), -torch.inf
-    )
+    excluded = (ids == config.mask_token_id) | (ids >= config.vocab_size)
+    score = logits.masked_fill(excluded, -torch.inf)
     if temperature > 0:
         noise = torch.empty_like(score, dtype=torch.float64).uniform_(generator=generator)
         score = score - temperature * torch.log(-torch.log(noise))
@@ -329,10 +327,10 @@ def predict(logits, config, temperature=0.0, generator=None):
 
 
 def unmask(state, masked, confidence, sigma, tokens_per_step, threshold):
-    """The positions committed in this step, of those recomputed and `masked` in the block.  (B, T)
+    """The positions committed in this step, of those in the block that are recomputed and `masked`.
 
-    The tokens_per_step best by confidence, or by certainty prior if sigma is given; with a threshold
-    also all whose confidence exceeds it, as in Fast-dLLM.
+    The tokens_per_step best by confidence, or by certainty prior if sigma is given; and, as in
+    Fast-dLLM, all whose confidence exceeds the threshold, if there is one.  -> (B, T) bool
     """
     score = confidence if sigma is None else certainty_prior(confidence, state.known, sigma)
     candidates = masked & in_block(state)
@@ -341,17 +339,11 @@ def unmask(state, masked, confidence, sigma, tokens_per_step, threshold):
 
 
 def end_at_eos(state, eos, prompt_length):
-    """The state with everything after a response's first EOS made EOS, once all before it is known."""
+    """The state, with EOS after a response's first EOS, once nothing before that is masked."""
     settled = state.masked.cumsum(dim=1) == 0
     settled[:, :prompt_length] = False
-    ended = ((state.tokens == eos) & settled).cumsum(dim=1) > 0  # from the first one on
+    ended = (settled & (state.tokens == eos)).cumsum(dim=1) > 0  # from the first one on
     return replace(state, tokens=state.tokens.masked_fill(ended, eos), known=state.known | ended)
-
-
-def new_cache(model, B, T):
-    """An empty cache in the model's precision, on its device."""
-    weight = model.wte.weight
-    return KVCache(model.config, B, T, weight.device, weight.dtype)
 
 
 @torch.no_grad()
@@ -372,13 +364,15 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
     model (bench.py), makes every step but the first a replay.
     Raises ValueError for arguments out of range and for a policy that leaves nothing to commit.
     """
-    prompt, padding = check_prompt(model, prompt, prompt_mask, gen_length)
-    check_settings(model, gen_length, block_length, tokens_per_step, sigma, threshold,
-                   temperature, generator)  # fmt: skip
+    prompt, padding = check_canvas(model, prompt, gen_length, prompt_mask)
+    check_settings(gen_length, block_length, tokens_per_step, sigma, threshold, temperature)
     require(not graphs or graphs.model is model, "graphs should be CudaGraphs(model) of this model")
     (B, P), T, config = prompt.shape, prompt.shape[1] + gen_length, model.config
+    weight, place = model.wte.weight, generator and generator.device.type
+    said = f"generator is on {place} at temperature {temperature}, should be a torch.Generator on"
+    require(temperature == 0 or place == weight.device.type, f"{said} {weight.device.type}")
     state = blank_canvas(model, prompt, gen_length, padding)
-    cache = graphs.cache(B, T) if graphs else new_cache(model, B, T)
+    cache = graphs.cache(B, T) if graphs else KVCache(config, B, T, weight.device, weight.dtype)
     block_length = block_length or gen_length
 
     for start in range(P, T, block_length):
@@ -437,8 +431,60 @@ def settings(gen_length):
     }
 
 
+def reasons(steps):
+    """Why the last of some steps recomputed what it did: for each of REASONS, the positions."""
+    state, chosen = steps[-1]
+    masked, known = state.masked | state.fresh, state.known & ~state.fresh  # before its commit
+    fresh = steps[-2][0].fresh if len(steps) > 1 else torch.zeros_like(known)
+    cells = (chosen & masked, chosen & known & fresh, chosen & known & ~fresh)
+    return {reason: cell[0].nonzero()[:, 0].tolist() for reason, cell in zip(REASONS, cells)}
+
+
+def draw_map(steps):
+    """One sequence's decode as SVG: steps down, positions across, coloured by reason.
+
+    On top, as dark dots, what each step decoded.
+    """
+    P, T, S = steps[0][0].block.start, steps[0][0].tokens.shape[1], len(steps)
+    paths, decoded = dict.fromkeys(REASONS, ""), ""
+    for y, (state, _) in enumerate(steps):
+        for reason, positions in reasons(steps[: y + 1]).items():
+            paths[reason] += "".join(f"M{x} {y}h1v1h-1z" for x in positions)
+        for x in state.fresh[0].nonzero()[:, 0].tolist():
+            decoded += f"M{x}.2 {y}.2h.6v.6h-.6z"
+    layers = [(reason, path, REASONS[reason][0]) for reason, path in paths.items()]
+    layers.append(("decoded in this step", decoded, "#222"))
+    em = T / 60
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="{em}" '
+        f'viewBox="{-em} {-2 * em} {T + 2 * em} {S + 6 * em}">',
+        f'<path d="M{-em} {-2 * em}h{T + 2 * em}v{S + 6 * em}h{-T - 2 * em}z" fill="#fff"/>',
+        f'<path d="M0 0h{T}v{S}h{-T}z" fill="#eee"/><text y="{-em / 2}">prompt</text>',
+        f'<text x="{P}" y="{-em / 2}">response</text>',
+    ]
+    for n, (name, path, colour) in enumerate(layers):
+        x, y = n * T / 4, S + em
+        parts.append(f'<path d="{path}M{x} {y}h{em}v{em}h{-em}z" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 1.5 * em}" y="{y + 0.9 * em}">{name}</text>')
+    return "\n".join(parts) + "\n</svg>\n"
+
+
+def draw_screen(steps, tokenizer):
+    """The canvas of one sequence as text; a terminal colours what the last step recomputed."""
+    state, colours = steps[-1][0], {}
+    for reason, positions in reasons(steps).items():
+        colours |= dict.fromkeys(positions, REASONS[reason][1])
+    texts = [tokenizer.decode([id], skip_special_tokens=False) for id in state.tokens[0].tolist()]
+    texts = [text if known else " _" for text, known in zip(texts, state.known[0].tolist())]
+    coloured = (f"\033[{colours.get(i, 0)}m{text}\033[0m" for i, text in enumerate(texts))
+    return "".join(coloured).replace("\n", "\033[K\n")  # nothing is left of a longer line
+
+
 def main():
-    """Print the decoded answer to a prompt; a mistake ends in one line and exit code 2."""
+    """Print the decoded answer to a prompt; a mistake ends in one line and exit code 2.
+
+    In a terminal with colours the canvas is shown while it fills.
+    """
     parser = argparse.ArgumentParser(description=main.__doc__, usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub id")
@@ -446,22 +492,32 @@ def main():
     add("--policy", default="d2cache", choices=settings(1), help="which positions to recompute")
     add("--gen-length", default=64, type=int, help="tokens to decode")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    args = parser.parse_args()
+    add("--map", help="draw what was recomputed when, and why, into this SVG file")
+    args, steps = parser.parse_args(), []
+    watched = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
-    shares = []
+    def observe(state, chosen):
+        steps.append((state, chosen))
+        if watched:
+            print(f"\033[H{draw_screen(steps, tokenizer)}\033[J", flush=True)
+            time.sleep(0.05)  # the embedded model decodes faster than one can see
+
     try:
         require(args.gen_length >= 1, f"--gen-length is {args.gen_length}, should be at least 1")
+        folder = Path(args.map or "here").resolve().parent
+        require(folder.is_dir(), f"--map {args.map}: there is no folder {folder}")
         tokenizer = load_tokenizer(args.model)
         prompt = encode_prompt(tokenizer, args.prompt)
         model = Transformer.from_pretrained(args.model, args.device)
         arguments = settings(args.gen_length)[args.policy]
-        arguments["on_step"] = lambda state, chosen: shares.append(chosen.float().mean().item())
-        tokens = generate(model, prompt, args.gen_length, **arguments)
+        tokens = generate(model, prompt, args.gen_length, on_step=observe, **arguments)
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
+    if args.map:
+        Path(args.map).write_text(draw_map(steps), encoding="utf-8")
     print(decode_response(tokenizer, tokens[0, prompt.shape[1] :], model.config.eos_token_id))
-    share = f"{sum(shares) / len(shares):.1%}"
-    print(f"{len(shares)} forwards, {share} of positions recomputed", file=sys.stderr)
+    share = sum(chosen.float().mean().item() for _, chosen in steps) / len(steps)
+    print(f"{len(steps)} forwards, {share:.1%} of positions recomputed", file=sys.stderr)
 
 
 if __name__ == "__main__":

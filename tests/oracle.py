@@ -36,12 +36,15 @@ def forward(weights, config, tokens, positions, memory):
     maps = []
     for layer in range(config.n_layers):
         at = {name: weights[f"blocks.{layer}.{name}.weight"] for name in BLOCK}
+        bias = {name: weights.get(f"blocks.{layer}.{name}.bias", 0) for name in BLOCK}
         queries = {}
         for i in residual:
             h = rms_norm(residual[i], at["attn_norm"], config.rms_norm_eps)
-            queries[i] = [rope(q, i, config.rope_theta) for q in (at["q_proj"] @ h).split(D)]
-            keys = [rope(k, i, config.rope_theta) for k in (at["k_proj"] @ h).split(D)]
-            memory[layer, i] = keys, (at["v_proj"] @ h).split(D)
+            q, k, v = (
+                (at[name] @ h + bias[name]).split(D) for name in ("q_proj", "k_proj", "v_proj")
+            )
+            queries[i] = [rope(vector, i, config.rope_theta) for vector in q]
+            memory[layer, i] = [rope(vector, i, config.rope_theta) for vector in k], v
         rows = {}
         for i in residual:
             outputs, row = [], torch.zeros(len(tokens), dtype=torch.float64)
@@ -59,7 +62,7 @@ def forward(weights, config, tokens, positions, memory):
             gate = at["ff_proj"] @ h
             residual[i] = x + at["ff_out"] @ (gate / (1 + torch.exp(-gate)) * (at["up_proj"] @ h))
         maps.append(rows)
-    norm, head = weights["ln_f.weight"], weights["ff_out.weight"]
+    norm, head = weights["ln_f.weight"], weights.get("ff_out.weight", weights["wte.weight"])
     logits = {i: head @ rms_norm(x, norm, config.rms_norm_eps) for i, x in residual.items()}
     return logits, maps
 
@@ -99,7 +102,9 @@ def nucleus(scores, p, among):
     return set(inside)
 
 
-def decode(model, State, prompt, gen_length, block_length, tokens_per_step, policy, sigma):
+def decode(
+    model, State, prompt, gen_length, block_length, tokens_per_step, policy, sigma, threshold
+):
     """`generate` for one prompt, a list: tokens, and (confidence, influence) after each step."""
     weights, config = model.state_dict(), model.config
     mask, P, T = config.mask_token_id, len(prompt), len(prompt) + gen_length
@@ -118,14 +123,16 @@ def decode(model, State, prompt, gen_length, block_length, tokens_per_step, poli
                 ]
                 chosen = policy.choose(State(*tensors, slice(block.start, block.stop), step))
                 positions = [i for i in range(T) if chosen[0, i]]
+            to_predict = [i for i in positions if not known[i]]
+            before = 1 if config.model_type == "Dream" else 0  # which row predicts a position
+            positions = sorted({*positions, *(max(i - before, 0) for i in to_predict)})
             logits, maps = forward(weights, config, tokens, positions, memory)
             predicted = {}
-            for i in positions:
-                if not known[i]:
-                    probability = torch.softmax(logits[i], dim=0).tolist()
-                    others = [id for id in range(config.vocab_size) if id != mask]
-                    predicted[i] = max(others, key=lambda id: probability[id])
-                    confidence[i] = probability[predicted[i]]
+            for i in to_predict:
+                probability = torch.softmax(logits[max(i - before, 0)], dim=0).tolist()
+                others = [id for id in range(config.vocab_size) if id != mask]
+                predicted[i] = max(others, key=lambda id: probability[id])
+                confidence[i] = probability[predicted[i]]
             if policy.uses_attention:
                 influence = rollout(maps, T).tolist()
             around = [1.0] * T if sigma is None else density(known, sigma)
@@ -133,7 +140,9 @@ def decode(model, State, prompt, gen_length, block_length, tokens_per_step, poli
                 (i for i in block if i in predicted), key=lambda i: (-confidence[i] * around[i], i)
             )
             fresh = [False] * T
-            for i in ranked[:tokens_per_step]:
+            for rank, i in enumerate(ranked):
+                if rank >= tokens_per_step and (threshold is None or confidence[i] <= threshold):
+                    continue
                 tokens[i], known[i], fresh[i] = predicted[i], True, True
             step += 1
             history.append((list(confidence), list(influence)))

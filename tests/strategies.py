@@ -21,9 +21,10 @@ class AnySubset:
 
     def choose(self, state):
         chosen = torch.zeros_like(state.known)
-        for row, known in enumerate(state.known.tolist()):
-            random = torch.Generator().manual_seed(1000 * self.seed + sum(known))
-            chosen[row] = torch.rand(len(known), generator=random) < 0.5
+        for row, known in enumerate(state.known):
+            random = torch.Generator().manual_seed(1000 * self.seed + known.sum().item())
+            real = (known | state.masked[row]).nonzero()[:, 0]
+            chosen[row, real] = torch.rand(len(real), generator=random) < 0.5
             block = range(state.block.start, state.block.stop)
             chosen[row, next((i for i in block if not known[i]), 0)] = True
         return chosen
@@ -55,6 +56,8 @@ class ModelSpec:
     vocab_size: int
     seed: int
     dtype: torch.dtype = torch.float64
+    dream: bool = False  # shifted logits, and biases
+    tied: bool = False
 
     def config(self):
         n_heads = self.n_kv_heads * self.queries_per_kv_head
@@ -71,6 +74,9 @@ class ModelSpec:
             rms_norm_eps=1e-5,
             mask_token_id=self.vocab_size // 2,
             eos_token_id=0,
+            include_qkv_bias=self.dream,
+            weight_tying=self.tied,
+            model_type="Dream" if self.dream else "llada",
         )
 
     def build(self):
@@ -79,12 +85,16 @@ class ModelSpec:
         random = torch.Generator().manual_seed(self.seed)
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=random, dtype=torch.float64)
-            if weight.dim() == 1:
+            if name.endswith("bias"):
+                weight.copy_(0.5 * noise)
+            elif weight.dim() == 1:
                 weight.copy_(1 + 0.3 * noise)
             elif name == "wte.weight":
                 weight.copy_(noise)
             else:
                 weight.copy_(1.5 * noise / weight.shape[1] ** 0.5)
+        if self.tied:  # an embedding is larger than a head
+            model.ln_f.weight.mul_(self.config().d_model ** -0.5)
         return model.to(self.dtype)
 
 
@@ -98,6 +108,8 @@ def model_specs(dtypes=(torch.float64,)):
         vocab_size=st.integers(4, 12),
         seed=st.integers(0, 2**16),
         dtype=st.sampled_from(dtypes),
+        dream=st.booleans(),
+        tied=st.booleans(),
     )
 
 
@@ -108,19 +120,35 @@ def token_rows(draw, config, batch_size, length):
     return draw(st.lists(row, min_size=batch_size, max_size=batch_size))
 
 
+def left_padded(rows):
+    """Prompts, lists of ids, as tensors (B, P): tokens, and the mask that `generate` wants."""
+    P = max(len(row) for row in rows)
+    tokens = [[3] * (P - len(row)) + row for row in rows]
+    mask = [[0] * (P - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(tokens, dtype=torch.long), torch.tensor(mask)
+
+
 @dataclass(frozen=True)
 class Decode:
-    """One call of `generate`, without its model: prompts and arguments."""
+    """One call of `generate`, without its model: prompts, of any lengths, and settings."""
 
     prompts: list
     gen_length: int
     block_length: int | None
     tokens_per_step: int
     sigma: float | None
+    threshold: float | None
+
+    @property
+    def prompt_length(self):
+        return max(len(row) for row in self.prompts)
+
+    def settings(self):
+        return {name: value for name, value in vars(self).items() if name != "prompts"}
 
     def arguments(self):
-        names = ("gen_length", "block_length", "tokens_per_step", "sigma")
-        return {name: getattr(self, name) for name in names}
+        prompt, mask = left_padded(self.prompts)
+        return {"prompt": prompt, "prompt_mask": mask, **self.settings()}
 
 
 @st.composite
@@ -130,13 +158,15 @@ def decodes(draw, config, most_sequences=3):
     A prompt may hold [MASK], but not first: on a canvas of masks alone all positions are equal, and
     round-off would choose among them.
     """
-    B, P = draw(st.integers(1, most_sequences)), draw(st.integers(1, 5))
-    rows = draw(token_rows(config, B, P))
+    id = st.integers(0, config.vocab_size - 1)
+    first = id.map(lambda id: 0 if id == config.mask_token_id else id)
+    row = st.builds(lambda id, ids: [id, *ids], first, st.lists(id, max_size=4))
     blocks, block_length = draw(st.sampled_from([2, 1, 3])), draw(st.sampled_from([4, 3, 5, 2, 1]))
     return Decode(
-        prompts=[[0 if row[0] == config.mask_token_id else row[0], *row[1:]] for row in rows],
+        prompts=draw(st.lists(row, min_size=1, max_size=most_sequences)),
         gen_length=blocks * block_length,
         block_length=draw(st.sampled_from([block_length, None])),
         tokens_per_step=draw(st.sampled_from([1, 2, 3])),
         sigma=draw(st.sampled_from([None, 2.0, 0.5, 10.0])),
+        threshold=draw(st.sampled_from([None, 0.5, 0.9, 0.0])),
     )

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from d2cache import (
+    D2Cache,
     DualCache,
     PrefixCache,
     RecomputeAll,
@@ -16,8 +17,9 @@ from d2cache import (
     certainty_density,
     generate,
     nucleus,
+    recompute,
 )
-from model import Transformer
+from model import KVCache, Transformer
 
 GOLDEN = Path(__file__).parent / "golden"
 POLICIES = {  # by the Fast-dLLM function that follows it
@@ -27,30 +29,24 @@ POLICIES = {  # by the Fast-dLLM function that follows it
 }
 
 
-def tensors(name):
-    return load_file(GOLDEN / f"{name}.safetensors")
+def tensors(name, prefix=""):
+    loaded = load_file(GOLDEN / f"{name}.safetensors")
+    return {prefix + name: tensor for name, tensor in loaded.items()}
 
 
 def runs(name):
     return json.loads((GOLDEN / f"{name}.json").read_text())
 
 
-LOGITS = tensors("llada_tiny_logits")
+LOGITS = tensors("llada_tiny_logits") | tensors("dream_logits", "dream_")
 UNITS, UNIT_RUNS = tensors("units"), runs("units")
 VANILLA, VANILLA_RUNS = tensors("vanilla_mlgsai"), runs("vanilla_mlgsai")
 FAST, FAST_RUNS = tensors("fastdllm"), runs("fastdllm")
 PROMPTS, D2CACHE_RUNS = tensors("d2cache/prompts"), runs("d2cache/cases")
 
-LOGIT_CASES = ("b1_t5", "b1_t16", "b2_t33")  # the padded ones are left out: padding is no feature
-VANILLA_CASES = [case for case, run in VANILLA_RUNS.items() if run["prompt"] == "p2"]
+LOGIT_CASES = ("b1_t5", "b1_t16", "b2_t33", "pad_b3_t12", "dream_b1_t5", "dream_b1_t16")
 # Fast-dLLM's caches fail with an error of their own when a block takes a single step.
-FAST_CASES = [
-    case
-    for case, run in FAST_RUNS.items()
-    if run["args"]["threshold"] is None and "error" not in run
-]
-# With sigma, the authors' density is not ours (see below), but ranks these runs' commits alike.
-D2CACHE_CASES = [case for case, run in D2CACHE_RUNS.items() if "threshold" not in run["generation"]]
+FAST_CASES = [case for case, run in FAST_RUNS.items() if "error" not in run]
 
 
 def units(kind, wanted=lambda run: True):
@@ -58,9 +54,18 @@ def units(kind, wanted=lambda run: True):
 
 
 @cache
-def llada(dtype=torch.float64, folder="llada_tiny"):
+def tiny(dtype=torch.float64, folder="llada_tiny"):
     """Decoding is tested in float64, where round-off decides nothing."""
     return Transformer.from_pretrained(GOLDEN / folder, dtype=dtype)
+
+
+def logits_of(case, dtype):
+    """Logits and maps of a case's model, and which of its positions are no padding."""
+    tokens = LOGITS[f"{case}.tokens"]
+    real = LOGITS.get(f"{case}.attention_mask", torch.ones_like(tokens)) == 1
+    model = tiny(dtype, "dream_tiny" if case.startswith("dream") else "llada_tiny")
+    padding = None if real.all() else ~real
+    return *model(tokens, return_attention=True, padding=padding), real
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -68,28 +73,47 @@ def llada(dtype=torch.float64, folder="llada_tiny"):
 
 @pytest.mark.parametrize("case", LOGIT_CASES)
 def test_float32_logits_are_the_official_ones(case):
-    logits = llada(torch.float32)(LOGITS[f"{case}.tokens"])
+    logits, _, real = logits_of(case, torch.float32)
     # The official float32 and float64 differ by as much.
-    torch.testing.assert_close(logits, LOGITS[f"{case}.logits"], rtol=0, atol=2e-4)
+    torch.testing.assert_close(logits[real], LOGITS[f"{case}.logits"][real], rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("case", LOGIT_CASES)
 def test_float64_logits_are_the_official_ones(case):
-    logits = llada()(LOGITS[f"{case}.tokens"])
+    logits, _, real = logits_of(case, torch.float64)
     # The official float64 model computes RMSNorm, RoPE and softmax in float32: hence not 1e-12.
-    torch.testing.assert_close(logits, LOGITS[f"{case}.logits_f64"], rtol=0, atol=5e-5)
+    torch.testing.assert_close(logits[real], LOGITS[f"{case}.logits_f64"][real], rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", LOGIT_CASES)
 def test_the_attention_map_is_the_official_attention_averaged_over_heads(case, dtype):
-    _, maps = llada(dtype)(LOGITS[f"{case}.tokens"], return_attention=True)
-    torch.testing.assert_close(maps.float(), LOGITS[f"{case}.attn_mean"], rtol=0, atol=1e-5)
+    _, maps, real = logits_of(case, dtype)
+    expected = LOGITS[f"{case}.attn_mean"]
+    torch.testing.assert_close(maps.float()[:, real], expected[:, real], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["dream_b1_t5", "dream_b1_t16"])
+def test_the_row_before_predicts_a_position_of_dream(case):
+    """Their logits shifted by one say what a step that recomputes everything predicts."""
+    model, tokens = tiny(folder="dream_tiny"), LOGITS[f"{case}.tokens"]
+    positions = torch.arange(tokens.shape[1])[None]
+    logits, _ = recompute(
+        model,
+        KVCache(model.config, *tokens.shape, "cpu", torch.float64),
+        tokens.shape[1],
+        False,
+        tokens,
+        positions,
+        torch.ones_like(positions, dtype=torch.bool),
+    )
+    expected = LOGITS[f"{case}.shifted_logits"].double()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=5e-5)
 
 
 def test_the_sharded_checkpoint_is_the_single_one():
-    single = llada(dtype=None).state_dict()
-    sharded = llada(dtype=None, folder="llada_tiny_sharded").state_dict()
+    single = tiny(dtype=None).state_dict()
+    sharded = tiny(dtype=None, folder="llada_tiny_sharded").state_dict()
     torch.testing.assert_close(sharded, single, rtol=0, atol=0)  # compares names and dtypes as well
 
 
@@ -145,12 +169,28 @@ def test_attention_rollout_is_the_column_sums_of_the_authors_product(case):
 # ---- Decoding ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", VANILLA_CASES)
+@pytest.mark.parametrize("case", VANILLA_RUNS)
 def test_recomputing_everything_is_lladas_own_sampler(case):
     run = VANILLA_RUNS[case]
+    prompt, mask = (VANILLA.get(f"{kind}.{run['prompt']}") for kind in ("prompt", "prompt_mask"))
     rate = run["gen_length"] // run["steps"]
-    tokens = generate(llada(), VANILLA["prompt.p2"], run["gen_length"], run["block_length"], rate)
+    tokens = generate(
+        tiny(), prompt, run["gen_length"], run["block_length"], rate, prompt_mask=mask
+    )
     assert torch.equal(tokens, VANILLA[f"{case}.out"])
+
+
+@pytest.mark.parametrize("block_length, sigma", [(None, 10.0), (8, None)])
+def test_dream_with_full_refresh_is_vanilla_bit_for_bit(block_length, sigma):
+    model, prompt = tiny(torch.float32, "dream_tiny"), LOGITS["dream_b1_t16.tokens"][:, :6]
+
+    def decode(policy):
+        confidences, observe = [], lambda state, chosen: confidences.append(state.confidence)
+        settings = {"policy": policy, "sigma": sigma, "on_step": observe}
+        return generate(model, prompt, 32, block_length, **settings), torch.stack(confidences)
+
+    for ours, theirs in zip(decode(D2Cache(k=38, p=1)), decode(RecomputeAll())):
+        assert torch.equal(ours, theirs)
 
 
 @cache
@@ -159,12 +199,13 @@ def fast_dllm(case):
     args, prompt = FAST_RUNS[case]["args"], FAST["prompt.f2"]
     length, commits = args["gen_length"], []
     tokens = generate(
-        llada(),
+        tiny(),
         prompt,
         length,
         args["block_length"],
         length // args["steps"],
         POLICIES[case.split(".")[2]],
+        threshold=args["threshold"],
         on_step=lambda state, chosen: commits.append(state.fresh[0, -length:]),
     )
     return tokens, torch.stack(commits).int().argmax(dim=0)
@@ -200,12 +241,13 @@ def replay(case):
     record, run, states = tensors(f"d2cache/{case}"), D2CACHE_RUNS[case], []
     args = run["generation"]
     tokens = generate(
-        llada(),
+        tiny(),
         PROMPTS[f"prompt.{run['prompt']}"],
         args["gen_length"],
         args["block_length"],
         policy=Replay(record["q_mask"]),
-        sigma=args.get("sigma"),
+        sigma=args.get("sigma"),  # their density is not ours (see above), but ranks these alike
+        threshold=args.get("threshold"),
         on_step=lambda state, chosen: states.append(state),
     )
     return record, tokens, states
@@ -217,35 +259,35 @@ def response(states, name):
     return torch.stack([getattr(state, name) for state in states])[:, :, P:]
 
 
-@pytest.mark.parametrize("case", D2CACHE_CASES)
+@pytest.mark.parametrize("case", D2CACHE_RUNS)
 def test_every_step_leaves_the_tokens_of_the_authors_d2cache(case):
     record, _, states = replay(case)
     assert torch.equal(response(states, "tokens").int(), record["tokens_after"])
 
 
-@pytest.mark.parametrize("case", D2CACHE_CASES)
+@pytest.mark.parametrize("case", D2CACHE_RUNS)
 def test_every_step_commits_where_the_authors_d2cache_does(case):
     record, _, states = replay(case)
     assert torch.equal(response(states, "fresh"), record["commit"])
 
 
-@pytest.mark.parametrize("case", D2CACHE_CASES)
+@pytest.mark.parametrize("case", D2CACHE_RUNS)
 def test_the_response_is_that_of_the_authors_d2cache(case):
     record, tokens, _ = replay(case)
     assert torch.equal(tokens[:, -record["out"].shape[1] :], record["out"])
 
 
-@pytest.mark.parametrize("case", D2CACHE_CASES)
+@pytest.mark.parametrize("case", D2CACHE_RUNS)
 def test_confidence_of_recomputed_masks_is_the_authors_d2caches(case):
     record, _, states = replay(case)
     G = record["conf"].shape[2]
-    masked = record["tokens_before"] == llada().config.mask_token_id
+    masked = record["tokens_before"] == tiny().config.mask_token_id
     rows = masked & record["q_mask"][:, :, -G:]
     confidence = response(states, "confidence").float()
     torch.testing.assert_close(confidence[rows], record["conf"][rows], rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("case", D2CACHE_CASES)
+@pytest.mark.parametrize("case", D2CACHE_RUNS)
 def test_influence_after_every_step_is_the_authors_rollout(case):
     record, _, states = replay(case)
     influence = torch.stack([state.influence for state in states]).float()

@@ -22,24 +22,27 @@ def prompts(rows):
     return torch.tensor(rows, dtype=torch.long).reshape(len(rows), -1)
 
 
-def recorded(model, drawn, policy):
+def recorded(model, drawn, policy, **arguments):
     """The tokens of a decode, and the (state, chosen) of each of its steps."""
     steps = []
     observe = lambda state, chosen: steps.append((state, chosen))  # noqa: E731
-    tokens = generate(
-        model, prompts(drawn.prompts), policy=policy, on_step=observe, **drawn.arguments()
-    )
-    return tokens, steps
+    arguments = drawn.arguments() | {"policy": policy, "on_step": observe} | arguments
+    return generate(model, **arguments), steps
 
 
-@given(model_specs(DTYPES), st.data(), st.sampled_from([0.5, 10.0]))
-def test_d2cache_with_full_refresh_is_vanilla_bit_for_bit(spec, data, sigma):
+@given(model_specs(DTYPES), st.data(), st.sampled_from([0.5, 10.0]), st.sampled_from([0.0, 0.7]))
+def test_d2cache_with_full_refresh_is_vanilla_bit_for_bit(spec, data, sigma, temperature):
     """The headline: k >= T and p = 1 change no bit of any token or confidence, at any step."""
     model = spec.build()
     drawn = data.draw(decodes(model.config))
-    T = len(drawn.prompts[0]) + drawn.gen_length
-    vanilla, vanilla_steps = recorded(model, drawn, RecomputeAll())
-    refreshed, refreshed_steps = recorded(model, drawn, D2Cache(k=T, p=1, sigma=sigma))
+    T = drawn.prompt_length + drawn.gen_length
+
+    def decode(policy):
+        generator = torch.Generator().manual_seed(5)
+        return recorded(model, drawn, policy, temperature=temperature, generator=generator)
+
+    vanilla, vanilla_steps = decode(RecomputeAll())
+    refreshed, refreshed_steps = decode(D2Cache(k=T, p=1, sigma=sigma))
     assert torch.equal(refreshed, vanilla)
     assert len(refreshed_steps) == len(vanilla_steps)
     for (ours, _), (theirs, _) in zip(refreshed_steps, vanilla_steps):
@@ -49,12 +52,13 @@ def test_d2cache_with_full_refresh_is_vanilla_bit_for_bit(spec, data, sigma):
 @EVERY_POLICY
 @given(spec=model_specs(), data=st.data())
 def test_every_policy_decodes_like_the_oracle_with_the_same_policy(name, spec, data):
+    """The oracle knows no padding: a padded prompt decodes as it does alone."""
     model, policy = spec.build(), data.draw(POLICIES[name])
     drawn = data.draw(decodes(model.config, most_sequences=2))
     tokens, steps = recorded(model, drawn, policy)
     for b, prompt in enumerate(drawn.prompts):
-        expected, history = oracle.decode(model, State, prompt, policy=policy, **drawn.arguments())
-        assert tokens[b].tolist() == expected
+        expected, history = oracle.decode(model, State, prompt, policy=policy, **drawn.settings())
+        assert tokens[b, -len(expected) :].tolist() == expected
         if len(drawn.prompts) == 1:
             assert len(steps) == len(history)
             for (state, _), (confidence, influence) in zip(steps, history):
@@ -71,10 +75,45 @@ def test_every_policy_decodes_like_the_oracle_with_the_same_policy(name, spec, d
 def test_a_sequence_decodes_the_same_alone_as_in_company(name, spec, data):
     model, policy = spec.build(), data.draw(POLICIES[name])
     drawn = data.draw(decodes(model.config, most_sequences=4))
-    together = generate(model, prompts(drawn.prompts), policy=policy, **drawn.arguments())
+    together = generate(model, policy=policy, **drawn.arguments())
     for b, prompt in enumerate(drawn.prompts):
-        alone = generate(model, prompts([prompt]), policy=policy, **drawn.arguments())
-        assert torch.equal(alone[0], together[b])
+        alone = generate(model, policy=policy, **replace(drawn, prompts=[prompt]).arguments())
+        assert torch.equal(alone[0], together[b, -alone.shape[1] :])
+
+
+@EVERY_POLICY
+@given(spec=model_specs(), data=st.data())
+def test_padding_is_never_chosen_nor_counted_nor_changed(name, spec, data):
+    """Its tokens are arbitrary: others leave every number of every step as it was."""
+    model, policy = spec.build(), data.draw(POLICIES[name])
+    drawn = data.draw(decodes(model.config))
+    tokens, steps = recorded(model, drawn, policy)
+    arguments = drawn.arguments()
+    padding = arguments["prompt_mask"] == 0
+    other = arguments["prompt"].where(~padding, 1)
+    assert torch.equal(tokens[:, : drawn.prompt_length][padding], arguments["prompt"][padding])
+    _, other_steps = recorded(model, drawn, policy, prompt=other)
+    for (state, chosen), (other_state, _) in zip(steps, other_steps, strict=True):
+        assert not (chosen | state.known | state.masked)[:, : drawn.prompt_length][padding].any()
+        assert torch.equal(state.influence, other_state.influence)
+        assert torch.equal(state.confidence, other_state.confidence)
+        assert state.influence.isfinite().all() and state.confidence.isfinite().all()
+
+
+@EVERY_POLICY
+@given(spec=model_specs(), data=st.data())
+def test_stopping_at_eos_changes_only_what_follows_it(name, spec, data):
+    model, policy = spec.build(), data.draw(POLICIES[name])
+    drawn = data.draw(decodes(model.config))
+    eos, P = model.config.eos_token_id, drawn.prompt_length
+    tokens, steps = recorded(model, drawn, policy)
+    stopped, fewer_steps = recorded(model, drawn, policy, stop_at_eos=True)
+    expected = [
+        row[: row.index(eos, P)] + [eos] * (len(row) - row.index(eos, P)) if eos in row[P:] else row
+        for row in tokens.tolist()
+    ]
+    assert stopped.tolist() == expected
+    assert len(fewer_steps) <= len(steps)
 
 
 @EVERY_POLICY
@@ -82,18 +121,20 @@ def test_a_sequence_decodes_the_same_alone_as_in_company(name, spec, data):
 def test_a_step_commits_only_recomputed_masked_positions_of_the_block(name, spec, data):
     model, policy = spec.build(), data.draw(POLICIES[name])
     drawn = data.draw(decodes(model.config))
-    _, steps = recorded(model, drawn, policy)
-    P = len(drawn.prompts[0])
-    known = torch.arange(P + drawn.gen_length).expand(len(drawn.prompts), -1) < P
+    tokens, steps = recorded(model, drawn, policy)
+    masked = torch.arange(tokens.shape[1]).expand_as(tokens) >= drawn.prompt_length
     for number, (state, chosen) in enumerate(steps, 1):
-        commit = state.known & ~known
-        assert not (known & ~state.known).any()
+        commit = masked & ~state.masked
+        assert not (state.masked & ~masked).any()
         assert not (commit & ~chosen).any()
         assert not commit[:, : state.block.start].any() and not commit[:, state.block.stop :].any()
-        assert commit.sum(dim=1).max() <= drawn.tokens_per_step
+        beyond = commit & ~(
+            state.confidence > (drawn.threshold if drawn.threshold is not None else 1)
+        )
+        assert beyond.sum(dim=1).max() <= drawn.tokens_per_step
         assert state.step == number
-        known = state.known
-    assert known.all()
+        masked = state.masked
+    assert not masked.any()
 
 
 @EVERY_POLICY
@@ -101,15 +142,13 @@ def test_a_step_commits_only_recomputed_masked_positions_of_the_block(name, spec
 def test_prompts_are_left_alone_and_mask_is_never_predicted(name, spec, data):
     """Also where a prompt holds [MASK]: known by place, not by token id."""
     model, policy = spec.build(), data.draw(POLICIES[name])
-    mask = model.config.mask_token_id
+    mask, head = model.config.mask_token_id, (model.ff_out or model.wte).weight
     model.ln_f.weight.mul_(3)
-    model.ff_out.weight[mask] = 2 * model.ff_out.weight[(mask + 1) % model.config.vocab_size]
+    head[mask] = 2 * head[(mask + 1) % model.config.vocab_size]
     drawn = data.draw(decodes(model.config))
-    tokens, P = (
-        generate(model, prompts(drawn.prompts), policy=policy, **drawn.arguments()),
-        len(drawn.prompts[0]),
-    )
-    assert tokens[:, :P].tolist() == drawn.prompts
+    tokens, arguments = generate(model, policy=policy, **drawn.arguments()), drawn.arguments()
+    P = drawn.prompt_length
+    assert torch.equal(tokens[:, :P], arguments["prompt"])
     assert not (tokens[:, P:] == mask).any()
 
 
@@ -204,6 +243,17 @@ BAD_ARGUMENTS = [
     (dict(sigma=0), "sigma is 0"),
     (dict(sigma=-1.0), "sigma is -1.0"),
     (dict(sigma=float("nan")), "sigma is nan"),
+    (dict(threshold=-0.1), "threshold is -0.1, should be from 0 to 1"),
+    (dict(threshold=1.5), "threshold is 1.5"),
+    (dict(threshold=float("nan")), "threshold is nan"),
+    (dict(temperature=-1.0), "temperature is -1.0"),
+    (dict(temperature=float("nan")), "temperature is nan"),
+    (dict(temperature=float("inf")), "temperature is inf"),
+    (dict(temperature=0.5), "generator is on None at temperature 0.5, should be.*Generator on cpu"),
+    (dict(prompt_mask=torch.ones(1, 3)), r"prompt_mask is \(1, 3\), should be \(1, 2\)"),
+    (dict(prompt_mask=torch.ones(2)), r"prompt_mask is \(2,\)"),
+    (dict(prompt_mask=torch.tensor([[1, 0]])), r"rows \[0\] should be zeros \(padding\), then"),
+    (dict(prompt_mask=torch.tensor([[0, 0]])), r"rows \[0\] should be zeros"),
     (dict(prompt=torch.tensor([1, 2])), r"prompt is \(2,\)"),
     (dict(prompt=torch.tensor([[1.0, 2.0]])), "torch.float32"),
     (dict(prompt=torch.tensor([[True]])), "torch.bool"),

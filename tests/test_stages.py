@@ -1,5 +1,7 @@
 """The stage functions of d2cache.py against the oracle's double loops, and the laws they obey."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from d2cache import (
@@ -15,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
+from strategies import ModelSpec
 
 SIGMAS = st.floats(0.05, 100)
 SHARES = st.floats(0, 1)
@@ -161,9 +164,41 @@ def test_pack_lists_the_chosen_the_masked_first_and_repeats_only_to_fill(chosen,
         assert valid[b].tolist() == [True] * n + [False] * (Q - n)
 
 
+CONFIG = replace(ModelSpec(1, 1, 1, 2, vocab_size=6, seed=0).config(), vocab_size=5)  # [MASK] is 3
+
+
+@pytest.mark.parametrize("excluded", [CONFIG.mask_token_id, CONFIG.vocab_size])
 @pytest.mark.parametrize("lead", [0.0, 5.0, 1e4])
-def test_mask_is_never_predicted_however_the_model_likes_it(lead):
-    logits = torch.tensor([[[1.0, 2.0 + lead, 1.5]]])
-    confidence, token = predict(logits, mask_token_id=1)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_mask_and_ids_without_a_token_are_never_predicted(excluded, lead, temperature):
+    logits = torch.tensor([[[0.0, 0.0, 90.0, 0.0, 0.0, 0.0]]])
+    logits[..., excluded] = 90 + lead
+    confidence, token = predict(logits, CONFIG, temperature, torch.Generator())
     assert token.item() == 2
     assert confidence.item() == torch.softmax(logits, dim=-1)[0, 0, 2].item()
+
+
+@given(st.integers(0, 2**16), st.sampled_from([0.2, 1.0, 3.0]))
+def test_a_sampled_token_is_lladas(seed, temperature):
+    """Theirs is the arg-max of exp(logits) / (-log u)^temperature, in float64."""
+    logits = 3 * torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(seed))
+    confidence, token = predict(logits, CONFIG, temperature, torch.Generator().manual_seed(seed))
+    noise = torch.empty(2, 3, 6, dtype=torch.float64)
+    noise.uniform_(generator=torch.Generator().manual_seed(seed))
+    score = logits.double().exp() / (-torch.log(noise)) ** temperature
+    expected = score[..., [0, 1, 2, 4]].argmax(dim=-1)
+    assert torch.equal(token, expected + (expected == 3))
+    assert torch.equal(
+        confidence, torch.softmax(logits, dim=-1).gather(-1, token[..., None])[..., 0]
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_tokens_are_drawn_from_the_softmax_at_their_temperature(temperature):
+    n, logits = 20_000, torch.tensor([1.0, 0.0, 2.0, -100.0, -1.0, -100.0])
+    _, token = predict(
+        logits.expand(1, n, 6), CONFIG, temperature, torch.Generator().manual_seed(1)
+    )
+    shares = torch.softmax(logits / temperature, dim=0)
+    drawn = token[0].bincount(minlength=6) / n
+    assert ((drawn - shares).abs() < 4 * (shares * (1 - shares) / n).sqrt() + 1e-9).all()
