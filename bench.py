@@ -123,6 +123,12 @@ def quality_rows(gen_length):
     ours = settings(gen_length)
     d2cache, blocks = ours["d2cache"], {"block_length": ours["dual"]["block_length"]}
     k, p, sigma = d2cache["policy"].k, d2cache["policy"].p, d2cache["sigma"]
+    parallel = []
+    for threshold in (0.9, 0.6):
+        for name, arguments in (("vanilla", {"sigma": sigma}), ("d2Cache", d2cache)):
+            parallel.append(
+                (f"{name}, threshold {threshold}", arguments | {"threshold": threshold})
+            )
     return [
         ("vanilla, by confidence", {}),
         ("vanilla, in blocks", blocks),
@@ -132,6 +138,7 @@ def quality_rows(gen_length):
         ("d2Cache", d2cache),
         ("  with stage 1 at random", {"policy": RandomStage1(k, p, sigma), "sigma": sigma}),
         ("  with stage 2 at random", {"policy": RandomStage2(k, p, sigma), "sigma": sigma}),
+        *parallel,
     ]
 
 
@@ -175,17 +182,18 @@ def solve(model, tokenizer, questions, gen_length, arguments, progress):
 
     Neighbours with prompts of equal length decode as one batch.
     """
-    texts, forwards, shares = [], 0, []
+    texts, forwards, shares = [], [], []
     prompts = [encode_prompt(tokenizer, question) for question in questions]
     for length, same_length in itertools.groupby(prompts, key=lambda prompt: prompt.shape[1]):
         tokens, steps = decode(model, torch.cat(list(same_length)), gen_length, arguments)
         for response in tokens[:, length:]:
             texts.append(decode_response(tokenizer, response, model.config.eos_token_id))
-        forwards += len(steps) * len(tokens)
-        recomputed = torch.stack([chosen for _, chosen in steps])
-        shares += recomputed.float().mean(dim=(0, 2)).tolist()
+        chosen = torch.stack([chosen for _, chosen in steps])  # (S, B, T)
+        own = chosen.any(dim=2).sum(dim=0)  # steps in which a sequence did not wait for others
+        forwards += own.tolist()
+        shares += (chosen.float().mean(dim=2).sum(dim=0) / own).tolist()
         progress.update(len(tokens))
-    return texts, forwards // len(questions), statistics.mean(shares)
+    return texts, statistics.mean(forwards), statistics.mean(shares)
 
 
 def measure_quality(model, tokenizer, problems, gen_length):
@@ -197,7 +205,7 @@ def measure_quality(model, tokenizer, problems, gen_length):
         for name, arguments in plan:
             torch.manual_seed(0)  # of the controls
             texts, *work = solve(model, tokenizer, questions, gen_length, arguments, progress)
-            order = arguments.get("block_length"), arguments.get("sigma")
+            order = tuple(arguments.get(key) for key in ("block_length", "sigma", "threshold"))
             reference = exact.setdefault(order, texts)  # vanilla comes first in every order
             right = [final_number(text) == number for text, number in zip(texts, numbers)]
             same = [text == other for text, other in zip(texts, reference)]
@@ -370,7 +378,7 @@ def report_quality(name, model, tokenizer, problems, gen_length):
     print(f"QUALITY  {name}: {describe(model)}")
     print(
         f"{len(problems)} problems, response {gen_length}, blocks of {block_length}, 1 token per "
-        "step, 1 run; same text: as exact decoding in the same order"
+        "step or all over the threshold, 1 run; same text: as exact decoding in the same order"
     )
     print_table(rows)
     return {"model": f"{name}: {describe(model)}", "problems": len(problems), "rows": rows}
