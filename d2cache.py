@@ -511,10 +511,10 @@ def main():
         model = Transformer.from_pretrained(args.model, args.device)
         arguments = settings(args.gen_length)[args.policy]
         tokens = generate(model, prompt, args.gen_length, on_step=observe, **arguments)
-    except ValueError as error:
+        if args.map:
+            Path(args.map).write_text(draw_map(steps), encoding="utf-8")
+    except (OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
-    if args.map:
-        Path(args.map).write_text(draw_map(steps), encoding="utf-8")
     print(decode_response(tokenizer, tokens[0, prompt.shape[1] :], model.config.eos_token_id))
     share = sum(chosen.float().mean().item() for _, chosen in steps) / len(steps)
     print(f"{len(steps)} forwards, {share:.1%} of positions recomputed", file=sys.stderr)

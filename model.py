@@ -135,14 +135,15 @@ class Config:
             require(same, f"{path}: {key} is {value!r}, but only {implemented!r} is implemented")
         given = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         needed = [field.name for field in fields(cls) if field.default is MISSING]
-        missing = [name for name in needed if name not in given]
+        keys = HF_KEYS if "hidden_size" in values else {}
+        missing = [keys.get(name, name) for name in needed if name not in given]
         require(not missing, f"{path}: missing keys {missing}")
         try:
             config = cls(**given)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         D = values.get("head_dim") or config.head_dim
-        require(D == config.head_dim, f"{path}: head_dim is {D}, should be {config.head_dim}")
+        require(D == config.head_dim, f"{path}: head_dim is {D!r}, should be {config.head_dim}")
         return config
 
 
@@ -348,11 +349,12 @@ def config_values(path):
         return values
     tokenizer, about = load_tokenizer(folder), folder / "tokenizer_config.json"
     if isinstance(values.get("vocab_size"), int):  # may count embedding rows without a token
-        values["vocab_size"] = min(values["vocab_size"], 1 + max(tokenizer.get_vocab().values()))
+        n_ids = 1 + max(tokenizer.get_vocab().values(), default=-1)
+        values["vocab_size"] = min(values["vocab_size"], n_ids)
     if values.get("mask_token_id") is None and about.exists():
         token = read_json(about).get("mask_token")
         token = token.get("content") if isinstance(token, dict) else token
-        values["mask_token_id"] = tokenizer.token_to_id(str(token))
+        values["mask_token_id"] = tokenizer.token_to_id(token) if isinstance(token, str) else None
     return values
 
 
@@ -434,11 +436,10 @@ def load_tokenizer(path_or_repo_id):
     Raises ValueError if there is no readable one.
     """
     folder = checkpoint_folder(path_or_repo_id)
-    file = folder / "tokenizer.json"
+    file, vocabulary = folder / "tokenizer.json", folder / "vocab.json"
+    file = vocabulary if vocabulary.exists() and not file.exists() else file
     try:
-        if (folder / "vocab.json").exists() and not file.exists():
-            return qwen2_tokenizer(folder)
-        return Tokenizer.from_file(str(file))
+        return qwen2_tokenizer(folder) if file == vocabulary else Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise ValueError(f"{file}: no readable tokenizer ({error})") from error
 

@@ -1,11 +1,17 @@
 """d2cache.py and bench.py as a user runs them: subprocesses, on the embedded model."""
 
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
+import xml.etree.ElementTree as xml
 from pathlib import Path
 
 import pytest
+from d2cache import EXAMPLE, REASONS, draw_map, generate, reasons, settings
+from model import Transformer, encode_prompt, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "tiny"
@@ -33,6 +39,81 @@ def test_d2cache_py_decodes_the_prompt_it_is_given():
     assert result.stdout.startswith("Ben starts with 30 pens.")
 
 
+def in_terminal(*arguments, **environment):
+    """All that d2cache.py writes to a terminal."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(ROOT / "d2cache.py"), *map(str, arguments)]
+    environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | environment
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    written = b""
+    try:
+        while block := os.read(ours, 65536):
+            written += block
+    except OSError:  # how Linux says that nobody writes any more
+        pass
+    assert process.wait() == 0, written
+    return written.decode()
+
+
+def test_a_terminal_shows_the_canvas_filling_and_then_the_answer():
+    written = in_terminal("--gen-length", 16, "--prompt", QUESTION)
+    frames = written.split("\033[H")[1:]
+    assert len(frames) == 16
+    canvases = [re.sub(r"\033\[[^mJK]*[mJK]", "", frame) for frame in frames]
+    assert [canvas.count(" _") for canvas in canvases] == list(range(15, -1, -1))
+    assert all(canvas.startswith(" " + QUESTION) for canvas in canvases)
+    masked, fresh, known = (code for _, code in REASONS.values())
+    assert f"\033[{known}m Ben" in frames[0] and f"\033[{known}m Ben" not in frames[1]
+    assert all(f"\033[{fresh}m" in frame for frame in frames[1:])
+    assert [f"\033[{masked}m _" in frame for frame in frames] == [True] * 15 + [False]
+    assert canvases[-1].strip().splitlines()[-2].startswith("Ben starts with")
+
+
+def test_no_color_asks_for_plain_text():
+    written = in_terminal("--gen-length", 8, "--prompt", QUESTION, NO_COLOR="1")
+    assert "\033" not in written and written.startswith("Ben starts")
+
+
+@pytest.mark.parametrize("policy", ["vanilla", "dual", "d2cache"])
+def test_the_map_shows_every_recomputed_position_once_and_every_decoded_token(policy):
+    model, tokenizer = Transformer.from_pretrained(TINY), load_tokenizer(TINY)
+    prompt, steps = encode_prompt(tokenizer, EXAMPLE), []
+    observe = lambda state, chosen: steps.append((state, chosen))  # noqa: E731
+    generate(model, prompt, 32, on_step=observe, **settings(32)[policy])
+    P, T, cells = prompt.shape[1], prompt.shape[1] + 32, {reason: [] for reason in REASONS}
+    decoded, fresh = [], set()
+    for y, (state, chosen) in enumerate(steps):
+        committed = set(state.fresh[0].nonzero()[:, 0].tolist())
+        masked = {x for x in range(P, T) if not state.known[0, x]} | committed
+        for x in chosen[0].nonzero()[:, 0].tolist():
+            why = 0 if x in masked else 1 if x in fresh else 2
+            cells[list(REASONS)[why]].append((x, y))
+        decoded += [(x, y) for x in committed]
+        fresh = committed
+    assert sorted(x for xs in reasons(steps).values() for x in xs) == [
+        x for x, y in sorted(sum(cells.values(), [])) if y == 31
+    ]
+    drawing = xml.fromstring(draw_map(steps))
+    drawn = {}
+    for path in drawing.iter("{http://www.w3.org/2000/svg}path"):
+        colour = path.get("fill")
+        *points, _ = re.findall(r"M([\d.]+) ([\d.]+)h", path.get("d") + "M0 0h")  # but the legend
+        drawn[colour] = [(int(float(x)), int(float(y))) for x, y in points]
+    for reason, (colour, _) in REASONS.items():
+        assert drawn[colour][:-1] == cells[reason]
+    assert drawn["#222"][:-1] == decoded
+    texts = [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts == ["prompt", "response", *REASONS, "decoded in this step"]
+
+
+def test_the_map_is_written_where_the_command_line_says(tmp_path):
+    result = run("d2cache.py", "--gen-length", 8, "--prompt", QUESTION, "--map", tmp_path / "x.svg")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Ben starts") and "\033" not in result.stdout
+    assert xml.parse(tmp_path / "x.svg").getroot().tag.endswith("svg")
+
+
 MISTAKES = [
     ("d2cache.py", ["--policy", "nothing"], "'nothing'"),
     ("d2cache.py", ["--gen-length", "0"], "--gen-length is 0"),
@@ -43,6 +124,8 @@ MISTAKES = [
     ("d2cache.py", ["--prompt", "Bob has 3 zebras."], "'Bob', 'zebras'"),
     ("d2cache.py", ["--device", "abacus"], "abacus"),
     ("d2cache.py", ["--colour"], "--colour"),
+    ("d2cache.py", ["--map", "/no/such/folder/x.svg"], "/no/such/folder/x.svg"),
+    ("d2cache.py", ["--map", str(ROOT)], "Is a directory"),
     ("bench.py", ["--problems", "0"], "--problems is 0"),
     ("bench.py", ["--data", "/no/such/file"], "/no/such/file"),
     ("bench.py", ["--data", str(TINY / "config.json")], "config.json, line 1"),
