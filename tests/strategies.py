@@ -30,7 +30,7 @@ class AnySubset:
         return chosen
 
 
-# The laws of test_decoding.py hold for every policy in this table. Add yours.
+# Every law of a policy, in test_decoding.py and test_graphs.py, is tried on this table. Add yours.
 POLICIES = {
     "RecomputeAll": st.just(RecomputeAll()),
     "PrefixCache": st.just(PrefixCache()),
@@ -152,21 +152,25 @@ class Decode:
 
 
 @st.composite
-def decodes(draw, config, most_sequences=3):
+def decodes(draw, config, most_sequences=3, waiting=False):
     """Prompts of 1 to 5 tokens, 1 to 3 blocks of 1 to 5 tokens (or no blocks), any step size.
 
     A prompt may hold [MASK], but not first: on a canvas of masks alone all positions are equal, and
-    round-off would choose among them.
+    round-off would choose among them. Unless `waiting`, no sequence is done with a block before the
+    others: a policy may count state.step.
     """
     id = st.integers(0, config.vocab_size - 1)
     first = id.map(lambda id: 0 if id == config.mask_token_id else id)
     row = st.builds(lambda id, ids: [id, *ids], first, st.lists(id, max_size=4))
-    blocks, block_length = draw(st.sampled_from([2, 1, 3])), draw(st.sampled_from([4, 3, 5, 2, 1]))
+    prompts = draw(st.lists(row, min_size=1, max_size=most_sequences))
+    n_blocks, length = draw(st.sampled_from([2, 1, 3])), draw(st.sampled_from([4, 3, 5, 2, 1]))
+    block_length = draw(st.sampled_from([length, None]))
+    in_step = waiting or len(prompts) == 1 or block_length is None
     return Decode(
-        prompts=draw(st.lists(row, min_size=1, max_size=most_sequences)),
-        gen_length=blocks * block_length,
-        block_length=draw(st.sampled_from([block_length, None])),
+        prompts=prompts,
+        gen_length=n_blocks * length,
+        block_length=block_length,
         tokens_per_step=draw(st.sampled_from([1, 2, 3])),
         sigma=draw(st.sampled_from([None, 2.0, 0.5, 10.0])),
-        threshold=draw(st.sampled_from([None, 0.5, 0.9, 0.0])),
+        threshold=draw(st.sampled_from([None, 0.5, 0.9, 0.0] if in_step else [None])),
     )

@@ -34,7 +34,7 @@ def recorded(model, drawn, policy, **arguments):
 def test_d2cache_with_full_refresh_is_vanilla_bit_for_bit(spec, data, sigma, temperature):
     """The headline: k >= T and p = 1 change no bit of any token or confidence, at any step."""
     model = spec.build()
-    drawn = data.draw(decodes(model.config))
+    drawn = data.draw(decodes(model.config, waiting=True))
     T = drawn.prompt_length + drawn.gen_length
 
     def decode(policy):
@@ -70,15 +70,33 @@ def test_every_policy_decodes_like_the_oracle_with_the_same_policy(name, spec, d
                 )
 
 
+def assert_decodes_alone_as_in_company(model, drawn, policy):
+    together = generate(model, policy=policy, **drawn.arguments())
+    for b, prompt in enumerate(drawn.prompts):
+        alone = generate(model, policy=policy, **replace(drawn, prompts=[prompt]).arguments())
+        assert torch.equal(alone[0], together[b, -alone.shape[1] :])
+
+
 @EVERY_POLICY
 @given(spec=model_specs(), data=st.data())
 def test_a_sequence_decodes_the_same_alone_as_in_company(name, spec, data):
     model, policy = spec.build(), data.draw(POLICIES[name])
     drawn = data.draw(decodes(model.config, most_sequences=4))
-    together = generate(model, policy=policy, **drawn.arguments())
-    for b, prompt in enumerate(drawn.prompts):
-        alone = generate(model, policy=policy, **replace(drawn, prompts=[prompt]).arguments())
-        assert torch.equal(alone[0], together[b, -alone.shape[1] :])
+    assert_decodes_alone_as_in_company(model, drawn, policy)
+
+
+@pytest.mark.parametrize(
+    "name", ["RecomputeAll", "PrefixCache", "DualCache", "D2Cache", "AnySubset"]
+)
+@given(spec=model_specs(), data=st.data())
+def test_waiting_for_company_leaves_no_trace(name, spec, data):
+    """Under a threshold a sequence may be done with its block before the others.
+
+    That is for policies that look at positions alone: state.step goes on while a sequence waits.
+    """
+    model, policy = spec.build(), data.draw(POLICIES[name])
+    drawn = data.draw(decodes(model.config, most_sequences=4, waiting=True))
+    assert_decodes_alone_as_in_company(model, drawn, policy)
 
 
 @EVERY_POLICY
