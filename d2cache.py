@@ -30,10 +30,11 @@ EXAMPLE = (
     "sells 9 stickers at the market. On Friday Anna gets 8 more stickers at the school. "
     "How many stickers does Anna have now?"
 )
-REASONS = {  # to recompute a position: colour on paper, colour in a terminal
+COLOURS = {  # of what a step does at a position: in a picture, in a terminal
     "masked (certainty prior)": ("#f2b134", "30;43"),
     "just decoded": ("#d1495b", "97;41"),
     "known (attention rollout)": ("#3d7ea6", "97;44"),
+    "decoded in this step": ("#222222", "30;42"),
 }
 
 
@@ -194,7 +195,7 @@ def check_canvas(model, prompt, gen_length, prompt_mask):
     ValueError for a canvas that `generate` cannot decode.
     """
     shape, kind = tuple(prompt.shape), prompt.dtype
-    integer = kind in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    integer = not (kind == torch.bool or kind.is_floating_point or kind.is_complex)
     fits = integer and len(shape) == 2 and shape[0] > 0
     require(fits, f"prompt is {shape} {kind}, should be (B, P) integers")
     prompt = prompt.to(model.wte.weight.device, torch.long)
@@ -431,49 +432,41 @@ def settings(gen_length):
     }
 
 
-def reasons(steps):
-    """Why the last of some steps recomputed what it did: for each of REASONS, the positions."""
+def marks(steps):
+    """What the last of a sequence's steps did where: for each of COLOURS the positions.
+
+    Why it recomputed them; and which it decoded, a second mark.
+    """
     state, chosen = steps[-1]
-    masked, known = state.masked | state.fresh, state.known & ~state.fresh  # before its commit
+    masked, known = state.masked | state.fresh, state.known & ~state.fresh  # before it
     fresh = steps[-2][0].fresh if len(steps) > 1 else torch.zeros_like(known)
-    cells = (chosen & masked, chosen & known & fresh, chosen & known & ~fresh)
-    return {reason: cell[0].nonzero()[:, 0].tolist() for reason, cell in zip(REASONS, cells)}
+    where = (chosen & masked, chosen & known & fresh, chosen & known & ~fresh, state.fresh)
+    return {mark: cells[0].nonzero()[:, 0].tolist() for mark, cells in zip(COLOURS, where)}
 
 
 def draw_map(steps):
-    """One sequence's decode as SVG: steps down, positions across, coloured by reason.
-
-    On top, as dark dots, what each step decoded.
-    """
+    """The decode of one sequence as SVG: steps down, positions across."""
     P, T, S = steps[0][0].block.start, steps[0][0].tokens.shape[1], len(steps)
-    paths, decoded = dict.fromkeys(REASONS, ""), ""
-    for y, (state, _) in enumerate(steps):
-        for reason, positions in reasons(steps[: y + 1]).items():
-            paths[reason] += "".join(f"M{x} {y}h1v1h-1z" for x in positions)
-        for x in state.fresh[0].nonzero()[:, 0].tolist():
-            decoded += f"M{x}.2 {y}.2h.6v.6h-.6z"
-    layers = [(reason, path, REASONS[reason][0]) for reason, path in paths.items()]
-    layers.append(("decoded in this step", decoded, "#222"))
-    em = T / 60
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="{em}" '
-        f'viewBox="{-em} {-2 * em} {T + 2 * em} {S + 6 * em}">',
-        f'<path d="M{-em} {-2 * em}h{T + 2 * em}v{S + 6 * em}h{-T - 2 * em}z" fill="#fff"/>',
-        f'<path d="M0 0h{T}v{S}h{-T}z" fill="#eee"/><text y="{-em / 2}">prompt</text>',
-        f'<text x="{P}" y="{-em / 2}">response</text>',
-    ]
-    for n, (name, path, colour) in enumerate(layers):
-        x, y = n * T / 4, S + em
-        parts.append(f'<path d="{path}M{x} {y}h{em}v{em}h{-em}z" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 1.5 * em}" y="{y + 0.9 * em}">{name}</text>')
-    return "\n".join(parts) + "\n</svg>\n"
+    cells, em = dict.fromkeys(COLOURS, ""), T / 60
+    for y in range(S):
+        for mark, positions in marks(steps[: y + 1]).items():
+            cells[mark] += "".join(f"M{x} {y}h1v1h-1z" for x in positions)
+    paths = [f'<path fill="{COLOURS[mark][0]}" d="{cells[mark]}"/>' for mark in cells]
+    legend = [f'<tspan fill="{COLOURS[mark][0]}">■</tspan> {mark} \u2003' for mark in cells]
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" style="background: #fff" '
+        f'font-size="{em}" viewBox="{-em} {-2 * em} {T + 2 * em} {S + 5 * em}">\n'
+        f'<path fill="#eee" d="M0 0h{T}v{S}h-{T}z"/>\n{"".join(paths)}\n'
+        f'<text y="{-em / 2}">prompt</text><text x="{P}" y="{-em / 2}">response</text>\n'
+        f'<text y="{S + 2 * em}">{"".join(legend)}</text>\n</svg>\n'
+    )
 
 
 def draw_screen(steps, tokenizer):
-    """The canvas of one sequence as text; a terminal colours what the last step recomputed."""
+    """The canvas of one sequence as text, in a terminal's colours."""
     state, colours = steps[-1][0], {}
-    for reason, positions in reasons(steps).items():
-        colours |= dict.fromkeys(positions, REASONS[reason][1])
+    for mark, positions in marks(steps).items():
+        colours |= dict.fromkeys(positions, COLOURS[mark][1])
     texts = [tokenizer.decode([id], skip_special_tokens=False) for id in state.tokens[0].tolist()]
     texts = [text if known else " _" for text, known in zip(texts, state.known[0].tolist())]
     coloured = (f"\033[{colours.get(i, 0)}m{text}\033[0m" for i, text in enumerate(texts))

@@ -10,7 +10,7 @@ import xml.etree.ElementTree as xml
 from pathlib import Path
 
 import pytest
-from d2cache import EXAMPLE, REASONS, draw_map, generate, reasons, settings
+from d2cache import COLOURS, EXAMPLE, draw_map, generate, settings
 from model import Transformer, encode_prompt, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -63,9 +63,10 @@ def test_a_terminal_shows_the_canvas_filling_and_then_the_answer():
     canvases = [re.sub(r"\033\[[^mJK]*[mJK]", "", frame) for frame in frames]
     assert [canvas.count(" _") for canvas in canvases] == list(range(15, -1, -1))
     assert all(canvas.startswith(" " + QUESTION) for canvas in canvases)
-    masked, fresh, known = (code for _, code in REASONS.values())
+    masked, fresh, known, decoded = (code for _, code in COLOURS.values())
     assert f"\033[{known}m Ben" in frames[0] and f"\033[{known}m Ben" not in frames[1]
     assert all(f"\033[{fresh}m" in frame for frame in frames[1:])
+    assert all(f"\033[{decoded}m" in frame for frame in frames)
     assert [f"\033[{masked}m _" in frame for frame in frames] == [True] * 15 + [False]
     assert canvases[-1].strip().splitlines()[-2].startswith("Ben starts with")
 
@@ -76,35 +77,27 @@ def test_no_color_asks_for_plain_text():
 
 
 @pytest.mark.parametrize("policy", ["vanilla", "dual", "d2cache"])
-def test_the_map_shows_every_recomputed_position_once_and_every_decoded_token(policy):
+def test_the_map_shows_why_each_position_was_recomputed_and_what_was_decoded(policy):
     model, tokenizer = Transformer.from_pretrained(TINY), load_tokenizer(TINY)
     prompt, steps = encode_prompt(tokenizer, EXAMPLE), []
     observe = lambda state, chosen: steps.append((state, chosen))  # noqa: E731
     generate(model, prompt, 32, on_step=observe, **settings(32)[policy])
-    P, T, cells = prompt.shape[1], prompt.shape[1] + 32, {reason: [] for reason in REASONS}
-    decoded, fresh = [], set()
+    P, expected, fresh = prompt.shape[1], {mark: [] for mark in COLOURS}, set()
     for y, (state, chosen) in enumerate(steps):
-        committed = set(state.fresh[0].nonzero()[:, 0].tolist())
-        masked = {x for x in range(P, T) if not state.known[0, x]} | committed
+        decoded = {x for x in range(P, P + 32) if state.fresh[0, x]}
+        masked = {x for x in range(P, P + 32) if not state.known[0, x]} | decoded
         for x in chosen[0].nonzero()[:, 0].tolist():
             why = 0 if x in masked else 1 if x in fresh else 2
-            cells[list(REASONS)[why]].append((x, y))
-        decoded += [(x, y) for x in committed]
-        fresh = committed
-    assert sorted(x for xs in reasons(steps).values() for x in xs) == [
-        x for x, y in sorted(sum(cells.values(), [])) if y == 31
-    ]
-    drawing = xml.fromstring(draw_map(steps))
-    drawn = {}
-    for path in drawing.iter("{http://www.w3.org/2000/svg}path"):
-        colour = path.get("fill")
-        *points, _ = re.findall(r"M([\d.]+) ([\d.]+)h", path.get("d") + "M0 0h")  # but the legend
-        drawn[colour] = [(int(float(x)), int(float(y))) for x, y in points]
-    for reason, (colour, _) in REASONS.items():
-        assert drawn[colour][:-1] == cells[reason]
-    assert drawn["#222"][:-1] == decoded
-    texts = [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts == ["prompt", "response", *REASONS, "decoded in this step"]
+            expected[list(COLOURS)[why]].append((x, y))
+        expected["decoded in this step"] += [(x, y) for x in decoded]
+        fresh = decoded
+    drawing, svg = xml.fromstring(draw_map(steps)), "{http://www.w3.org/2000/svg}"
+    drawn = {path.get("fill"): path.get("d") for path in drawing.iter(svg + "path")}
+    for mark, (colour, _) in COLOURS.items():
+        cells = re.findall(r"M(\d+) (\d+)h1v1h-1z", drawn[colour])
+        assert [(int(x), int(y)) for x, y in cells] == expected[mark]
+    said = " ".join("".join(text.itertext()) for text in drawing.iter(svg + "text"))
+    assert all(name in said for name in ("prompt", "response", *COLOURS))
 
 
 def test_the_map_is_written_where_the_command_line_says(tmp_path):
