@@ -107,7 +107,7 @@ class RandomStage1(D2Cache):
     """Control: as many masked positions as d2Cache takes, but any."""
 
     def about_to_be_decoded(self, state):
-        return best(torch.rand_like(state.confidence), ~state.known, self.k)
+        return best(torch.rand_like(state.confidence), state.masked, self.k)
 
 
 class RandomStage2(D2Cache):
@@ -267,7 +267,7 @@ def floor_seconds(model, steps, rates):
     read = (in_blocks + in_head) * model.wte.weight.element_size()
     seconds = []
     for state, chosen in steps:
-        masked = chosen & (~state.known | state.fresh)  # before this step's commit
+        masked = chosen & (state.masked | state.fresh)  # before this step's commit
         Q, R = chosen.sum().item(), masked.sum().item()
         work = 2 * ((in_blocks + in_attention) * Q + in_head * R)
         seconds.append(max(read / bandwidth, work / flops))

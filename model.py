@@ -36,10 +36,12 @@ MAP_ROWS = 256  # rows of the attention map computed at once: bounds memory
 IMPLEMENTED = dict(
     block_type="llama", block_group_size=1, activation_type="silu", include_bias=False,
     multi_query_attention=None, clip_qkv=None, layer_norm_type="rms", layer_norm_with_affine=True,
-    bias_for_layer_norm=False, attention_layer_norm=False, input_emb_norm=False,
-    scale_logits=False, rope=True, rope_full_precision=True, rope_scaling=None, rope_type="default",
-    alibi=False, sliding_window=None, hidden_act="silu", mlp_bias=False, use_mrope=False,
-    use_sliding_window=False,
+    bias_for_layer_norm=False, attention_layer_norm=False, input_emb_norm=False, scale_logits=False,
+    rope=True, rope_full_precision=True, rope_scaling=None, alibi=False, sliding_window=None,
+)  # fmt: skip
+HF_IMPLEMENTED = dict(
+    hidden_act="silu", mlp_bias=False, use_mrope=False, use_sliding_window=False,
+    rope_scaling=None, rope_type="default", sliding_window=None,
 )  # fmt: skip
 
 # LLaDA's names are ours. The same in the layout of Hugging Face's Llama, which Dream follows:
@@ -129,7 +131,7 @@ class Config:
         something that this file does not implement. Keys that do not change inference are ignored.
         """
         values = config_values(Path(path))
-        for key, implemented in IMPLEMENTED.items():
+        for key, implemented in (IMPLEMENTED | HF_IMPLEMENTED).items():
             value = values.get(key, implemented)
             same = value == implemented or value is False and implemented is None
             require(same, f"{path}: {key} is {value!r}, but only {implemented!r} is implemented")

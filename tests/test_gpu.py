@@ -37,13 +37,31 @@ def test_full_refresh_is_vanilla_bit_for_bit(dtype, arguments, seed):
     assert all(torch.equal(x, y) for x, y in zip(confidences, other, strict=True))
 
 
+@pytest.mark.parametrize("dream", [False, True])
 @pytest.mark.parametrize("policy", [RecomputeAll(), PrefixCache(), DualCache(), D2Cache(k=4)])
-def test_float64_decodes_to_the_tokens_of_the_cpu(policy):
-    model = ModelSpec(**SPEC, seed=0).build()
+def test_float64_decodes_to_the_tokens_of_the_cpu(policy, dream):
+    """Prompts of different length, tokens committed in parallel, and graphs among it all."""
+    model = ModelSpec(**SPEC, seed=0, dream=dream).build()
     random = torch.Generator().manual_seed(2)
     prompt = torch.randint(0, 19, (3, PROMPT_LENGTH), generator=random)
-    expected = generate(model, prompt, GEN_LENGTH, 8, policy=policy)
-    assert torch.equal(generate(model.cuda(), prompt, GEN_LENGTH, 8, policy=policy).cpu(), expected)
+    mask = torch.arange(PROMPT_LENGTH) >= torch.tensor([[0], [5], [12]])
+    settings = dict(block_length=8, policy=policy, prompt_mask=mask, threshold=0.8)
+    expected = generate(model, prompt, GEN_LENGTH, **settings)
+    graphs = CudaGraphs(model.cuda())
+    assert torch.equal(generate(model, prompt, GEN_LENGTH, **settings).cpu(), expected)
+    replayed = generate(model, prompt, GEN_LENGTH, graphs=graphs, **settings)
+    assert torch.equal(replayed.cpu(), expected)
+
+
+def test_sampled_full_refresh_is_vanilla_bit_for_bit():
+    model = ModelSpec(**SPEC, seed=1, dtype=torch.bfloat16).build().cuda()
+
+    def sample(policy):
+        generator = torch.Generator("cuda").manual_seed(3)
+        return decode(model, policy, temperature=0.7, generator=generator)[0]
+
+    everything = D2Cache(k=PROMPT_LENGTH + GEN_LENGTH, p=1)
+    assert torch.equal(sample(everything), sample(RecomputeAll()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
