@@ -31,6 +31,7 @@ from model import (
 )
 
 import torch  # after model, which keeps its import quiet
+import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
 
 RUNS, LONG_RUN = 3, 5.0  # time so many decodes, but only one if it takes longer (seconds)
@@ -63,9 +64,9 @@ def new_cache(model, B, T):
 class CudaGraphs:
     """Replays `recompute` as CUDA graphs: one launch for the model's thousand.
 
-    A graph fixes sizes and addresses. So Q and R are rounded up to multiples of `bucket` (`pack`
-    fills up with repeats, which change results by round-off at most), each pair gets a graph when
-    it first occurs, and all decodes of one shape share a cache, which stays as long as this object.
+    A graph fixes sizes and addresses. So Q and R are rounded up to multiples of `bucket` (more
+    repeats change results by round-off at most), each pair gets a graph when it first occurs, and
+    all decodes of one shape share a cache, which stays as long as this object.
     """
 
     def __init__(self, model, bucket=32):
@@ -81,17 +82,21 @@ class CudaGraphs:
         return self.caches[B, T]
 
     def recompute(self, model, cache, R, uses_attention, tokens, positions, valid, padding):
-        inputs = [x for x in (tokens, positions, valid, padding) if x is not None]
-        kind = (*tokens.shape, positions.shape[1], R, uses_attention, len(inputs))
+        (B, Q), T = positions.shape, tokens.shape[1]
+        rows, more = self.round_up(R, T), self.round_up(Q, T) - Q
+        positions = torch.cat([positions, positions[:, :1].expand(B, more)], dim=1)
+        inputs = [x for x in (tokens, positions, F.pad(valid, (0, more)), padding) if x is not None]
+        kind = (B, T, Q + more, rows, uses_attention, len(inputs))
         if kind not in self.graphs:
             own = [tensor.clone() for tensor in inputs]
-            run = partial(recompute, model, cache, R, uses_attention, *own)
+            run = partial(recompute, model, cache, rows, uses_attention, *own)
             self.graphs[kind] = own, *self.capture(run)
         own, graph, outputs = self.graphs[kind]
         for tensor, value in zip(own, inputs):
             tensor.copy_(value)
         graph.replay()
-        return outputs
+        logits, influence = outputs
+        return logits[:, :R], influence
 
     def capture(self, run):
         """A graph of what run() launches, and the tensors that a replay leaves its results in."""

@@ -31,9 +31,9 @@ EXAMPLE = (
     "How many stickers does Anna have now?"
 )
 COLOURS = {  # of what a step does at a position: in a picture, in a terminal
-    "masked (certainty prior)": ("#f2b134", "30;43"),
+    "masked": ("#f2b134", "30;43"),
     "just decoded": ("#d1495b", "97;41"),
-    "known (attention rollout)": ("#3d7ea6", "97;44"),
+    "known": ("#3d7ea6", "97;44"),
     "decoded in this step": ("#222222", "30;42"),
 }
 
@@ -47,8 +47,9 @@ def certainty_density(known, sigma, dtype=torch.float32):
     """
     T = known.shape[1]
     distance = torch.arange(1 - T, T, device=known.device, dtype=dtype)
-    window = torch.exp(-(distance**2) / (2 * sigma**2))
-    shifted = window.unfold(0, T, 1)  # (2T - 1) -> (T, T): row r is window[r : r + T]
+    window = torch.exp(-((distance / sigma) ** 2) / 2)
+    # Row r is the window around position T - 1 - r, hence the flip.
+    shifted = window.unfold(0, T, 1)  # (2T - 1) -> (T, T)
     return (known.flip(1).to(dtype) @ shifted / window.sum()).clamp(max=1)
 
 
@@ -87,8 +88,8 @@ def nucleus(score, p, among):
     order = score.masked_fill(~among, -1).argsort(dim=1, descending=True, stable=True)
     held = score.gather(1, order).cumsum(dim=1)
     held_before = F.pad(held[:, :-1], (1, 0))  # by the positions of higher rank together
-    # Round-off may lift a partial sum to the total: without p == 1 the tail could be lost.
-    within = (held_before <= p * held[:, -1:]) & (held_before < held[:, -1:]) | (p == 1)
+    within = (held_before <= p * held[:, -1:]) & (held_before < held[:, -1:])
+    within |= p == 1  # round-off may lift a partial sum to the total, and the tail would be lost
     within[:, 0] = True
     return torch.zeros_like(among).scatter(1, order, within) & among
 
@@ -106,13 +107,13 @@ def best(score, among, n):
 class State:
     """The canvas between two steps: all that a policy may look at. Tensors are (B, T)."""
 
-    tokens: torch.Tensor  # [MASK] where not known, and wherever the prompt holds one
+    tokens: torch.Tensor  # [MASK] where masked, and wherever the prompt holds one
     known: torch.Tensor  # prompt or decoded, whatever the token is
     fresh: torch.Tensor  # decoded in the last step: key and value still say [MASK]
-    confidence: torch.Tensor  # of masked positions, when they were last recomputed. Eq. 1
+    confidence: torch.Tensor  # of masked positions, when they were last predicted. Eq. 1
     influence: torch.Tensor  # attention rollout of the last step, if the policy uses it
     block: slice  # the positions being decoded
-    step: int  # steps done
+    step: int  # steps done by the batch: goes on while a sequence waits for others
     padding: torch.Tensor | None = None  # before short prompts: neither known nor masked
 
     @property
@@ -189,7 +190,7 @@ class D2Cache:
         return nucleus(state.influence, self.p, among=state.known)
 
 
-def check_canvas(model, prompt, gen_length, prompt_mask):
+def prompt_and_padding(model, prompt, gen_length, prompt_mask):
     """The prompt as int64 and the padding, (B, T) bool or None, both on the model's device.
 
     ValueError for a canvas that `generate` cannot decode.
@@ -200,9 +201,9 @@ def check_canvas(model, prompt, gen_length, prompt_mask):
     require(fits, f"prompt is {shape} {kind}, should be (B, P) integers")
     prompt = prompt.to(model.wte.weight.device, torch.long)
     P, most, V = shape[1], model.config.max_sequence_length, model.config.vocab_size
-    wrong = prompt[(prompt < 0) | (prompt >= V)].unique().tolist()
+    fits = (0 <= prompt) & (prompt < V) | (prompt == model.config.mask_token_id)
+    wrong = prompt[~fits].unique().tolist()
     require(not wrong, f"prompt holds ids {wrong[:5]}, should be 0 to {V - 1}")
-    require(gen_length >= 1, f"gen_length is {gen_length}, should be at least 1")
     lengths = f"gen_length is {gen_length} after a prompt of {P}"
     require(P + gen_length <= most, f"{lengths}, should be at most max_sequence_length {most}")
     if prompt_mask is None:
@@ -210,20 +211,27 @@ def check_canvas(model, prompt, gen_length, prompt_mask):
     given = tuple(prompt_mask.shape)
     require(given == shape, f"prompt_mask is {given}, should be {shape}, as the prompt")
     real = prompt_mask.to(prompt.device).bool()
-    wrong = ((real[:, :-1] & ~real[:, 1:]).any(dim=1) | ~real.any(dim=1)).nonzero()[:, 0].tolist()
+    wrong = (real[:, :-1] & ~real[:, 1:]).any(dim=1) | ~real[:, -1:].all(dim=1)
+    wrong = wrong.nonzero()[:, 0].tolist()
     require(not wrong, f"prompt_mask rows {wrong} should be zeros (padding), then at least one 1")
     return prompt, None if real.all() else F.pad(~real, (0, gen_length), value=False)
 
 
-def check_settings(gen_length, block_length, tokens_per_step, sigma, threshold, temperature):
+def check_settings(model, gen_length, block_length, tokens_per_step, sigma, threshold,
+                   temperature, generator):  # fmt: skip
     """ValueError for settings of `generate` that are out of range."""
-    divides = block_length is None or block_length >= 1 and gen_length % block_length == 0
+    counts = dict(gen_length=gen_length, block_length=block_length, tokens_per_step=tokens_per_step)
+    for name, n in counts.items():
+        require(isinstance(n, int) and n >= 1, f"{name} is {n}, should be an integer, at least 1")
+    divides = gen_length % block_length == 0
     require(divides, f"block_length is {block_length}, should divide gen_length {gen_length}")
-    require(tokens_per_step >= 1, f"tokens_per_step is {tokens_per_step}, should be at least 1")
     require(sigma is None or sigma > 0, f"sigma is {sigma}, should be above 0, or None")
     share = threshold is None or 0 <= threshold <= 1
     require(share, f"threshold is {threshold}, should be from 0 to 1, or None")
     require(0 <= temperature < math.inf, f"temperature is {temperature}, should be at least 0")
+    device, own = model.wte.weight.device.type, generator and generator.device.type
+    said = f"generator is on {own} at temperature {temperature}, should be a torch.Generator on"
+    require(temperature == 0 or own == device, f"{said} {device}")
 
 
 def blank_canvas(model, prompt, gen_length, padding):
@@ -254,7 +262,7 @@ def choose(policy, state, waits, shifted):
 
 
 def count(chosen, masked, state, left, policy):
-    """Q, R, and each sequence's number of candidates: the step's one transfer to the host.
+    """Q, R, and each sequence's number of candidates: the one transfer to the host in a step.
 
     Candidates are the chosen masked positions of the block: only they may be committed. ValueError
     if a sequence has none though masked positions of its block are `left`.
@@ -272,7 +280,8 @@ def pack(chosen, masked, Q):
     """Chosen positions in rows of equal length, the masked ones first.  (B, T) -> 2 x (B, Q)
 
     A row of fewer than Q repeats its first position, and is not valid there: recomputing a position
-    twice gives the same keys and values, so company changes no sequence.
+    twice gives the same keys and values, so company changes no sequence. One that waits has no
+    chosen position: its row repeats position 0, and `recompute` undoes what that writes.
     """
     order = (chosen.int() + masked.int()).argsort(dim=1, descending=True, stable=True)[:, :Q]
     valid = chosen.gather(1, order)
@@ -294,35 +303,30 @@ def recompute(model, cache, R, uses_attention, tokens, positions, valid, padding
     """One forward pass over positions (B, Q): all that a step wants to know of the model.
 
     Only what predicts the first R positions, the masked ones, passes the head. -> their logits
-    (B, R, V), and the influence of every position, (B, T): all alike if it is not used.
+    (B, R, V), and the influence of every position, (B, T): without maps the same for all.
     """
-    # A sequence that waits has nothing valid: it repeats position 0, which must leave no trace.
     waits = ~valid.any(dim=1)[:, None, None]
     stored = [(tensor, tensor[:, :, 0].clone()) for tensor in (cache.k, cache.v)]
     hidden, maps = model.trunk(tokens, positions, cache, uses_attention, padding)
-    for tensor, before in stored:
+    for tensor, before in stored:  # a sequence that waits keeps its cache
         tensor[:, :, 0] = before.where(waits, tensor[:, :, 0])
     if model.config.shifted:
         hidden = rows_before(hidden, positions, tokens.shape[1])
-    influence = torch.ones_like(tokens, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    if uses_attention:
-        influence = attention_rollout(maps, positions, valid)
-    return model.head(hidden[:, :R]), influence
+    return model.head(hidden[:, :R]), attention_rollout(maps, positions, valid)
 
 
 def predict(logits, config, temperature=0.0, generator=None):
     """Probability (Eq. 1) and id of each row's token.  (B, R, V) -> 2 x (B, R)
 
     The likeliest one, or one drawn from softmax(logits / temperature) by Gumbel noise, in float64
-    as in LLaDA. [MASK] and ids without a token are excluded.
+    as in LLaDA. [MASK] and ids without a token are never it, but keep their share of probability.
     """
     ids = torch.arange(logits.shape[-1], device=logits.device)
-    excluded = (ids == config.mask_token_id) | (ids >= config.vocab_size)
-    score = logits.masked_fill(excluded, -torch.inf)
+    excluded, score = (ids == config.mask_token_id) | (ids >= config.vocab_size), logits
     if temperature > 0:
-        noise = torch.empty_like(score, dtype=torch.float64).uniform_(generator=generator)
-        score = score - temperature * torch.log(-torch.log(noise))
-    token = score.argmax(dim=-1, keepdim=True)
+        noise = torch.empty_like(logits, dtype=torch.float64).uniform_(generator=generator)
+        score = logits - temperature * torch.log(-torch.log(noise))
+    token = score.masked_fill(excluded, -torch.inf).argmax(dim=-1, keepdim=True)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return torch.softmax(logits, dim=-1, dtype=wide).gather(-1, token)[..., 0], token[..., 0]
 
@@ -344,7 +348,8 @@ def end_at_eos(state, eos, prompt_length):
     settled = state.masked.cumsum(dim=1) == 0
     settled[:, :prompt_length] = False
     ended = (settled & (state.tokens == eos)).cumsum(dim=1) > 0  # from the first one on
-    return replace(state, tokens=state.tokens.masked_fill(ended, eos), known=state.known | ended)
+    tokens, fresh = state.tokens.masked_fill(ended, eos), state.fresh | ended & state.masked
+    return replace(state, tokens=tokens, known=state.known | ended, fresh=fresh)
 
 
 @torch.no_grad()
@@ -356,25 +361,25 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
     Blocks of block_length positions are decoded from left to right (None: one block). Each step
     recomputes what `policy` chooses and commits the tokens_per_step best of the block's masked
     positions among them: by confidence, or by certainty prior if sigma is given. With a threshold
-    it also commits all others of them whose confidence exceeds it. [MASK] is never predicted, and a
-    sequence decodes alone as in company, but for round-off.
+    it also commits all others of them whose confidence exceeds it. [MASK] is never predicted, and
+    at temperature 0 a sequence decodes alone as in company, but for round-off.
     Short prompts are padded on the left, where prompt_mask (B, P) is 0. stop_at_eos makes all that
     follows a sequence's first EOS token EOS once everything before it is decoded. A temperature
-    above 0 draws tokens with a torch.Generator. on_step(state, chosen) is called after every step
-    with the new State and the positions (B, T) that were recomputed. graphs, a CudaGraphs of the
-    model (bench.py), makes every step but the first a replay.
+    above 0 draws tokens with `generator`, on the model's device, one for the whole batch.
+    on_step(state, chosen) is called after every step with the new State and the positions (B, T)
+    that were recomputed. graphs, a CudaGraphs of the model (bench.py), makes every step but the
+    first a replay.
     Raises ValueError for arguments out of range and for a policy that leaves nothing to commit.
     """
-    prompt, padding = check_canvas(model, prompt, gen_length, prompt_mask)
-    check_settings(gen_length, block_length, tokens_per_step, sigma, threshold, temperature)
+    block_length = gen_length if block_length is None else block_length
+    check_settings(model, gen_length, block_length, tokens_per_step, sigma, threshold, temperature,
+                   generator)  # fmt: skip
     require(not graphs or graphs.model is model, "graphs should be CudaGraphs(model) of this model")
-    (B, P), T, config = prompt.shape, prompt.shape[1] + gen_length, model.config
-    weight, place = model.wte.weight, generator and generator.device.type
-    said = f"generator is on {place} at temperature {temperature}, should be a torch.Generator on"
-    require(temperature == 0 or place == weight.device.type, f"{said} {weight.device.type}")
+    prompt, padding = prompt_and_padding(model, prompt, gen_length, prompt_mask)
+    (B, P), T = prompt.shape, prompt.shape[1] + gen_length
+    config, weight = model.config, model.wte.weight
     state = blank_canvas(model, prompt, gen_length, padding)
     cache = graphs.cache(B, T) if graphs else KVCache(config, B, T, weight.device, weight.dtype)
-    block_length = block_length or gen_length
 
     for start in range(P, T, block_length):
         state = replace(state, block=slice(start, start + block_length))
@@ -383,23 +388,20 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
             waits = ~state.masked[:, state.block].any(dim=1, keepdim=True)  # for other sequences
             chosen, masked = choose(policy, state, waits, config.shifted)
             Q, R, candidates = count(chosen, masked, state, left, policy)
-            Q, R = (graphs.round_up(Q, T), graphs.round_up(R, T)) if graphs else (Q, R)
             positions, valid = pack(chosen, masked, Q)
-
-            replay = graphs and state.step > 0  # a graph of the first would keep its T x T maps
-            logits, influence = (graphs.recompute if replay else recompute)(
+            # A graph of the first step would keep its T x T maps.
+            run = graphs.recompute if graphs and state.step > 0 else recompute
+            logits, influence = run(
                 model, cache, R, policy.uses_attention, state.tokens, positions, valid, padding
             )
-            rows, real = positions[:, :R], valid[:, :R]  # pack puts the masked ones first
             confidence, token = predict(logits, config, temperature, generator)
-            confidence, token = (x.where(real, x[:, :1]) for x in (confidence, token))
-            confidence = state.confidence.scatter(1, rows, confidence)
-            confidence = confidence.where(masked, state.confidence)
+            row = (masked.cumsum(dim=1) - 1).clamp(min=0)  # pack puts the masked ones first
+            confidence = confidence.gather(1, row).where(masked, state.confidence)
             commit = unmask(state, masked, confidence, sigma, tokens_per_step, threshold)
 
             state = replace(
                 state,
-                tokens=state.tokens.scatter(1, rows, token).where(commit, state.tokens),
+                tokens=token.gather(1, row).where(commit, state.tokens),
                 known=state.known | commit,
                 fresh=state.fresh.where(waits, commit),
                 confidence=confidence,
@@ -407,7 +409,7 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
                 step=state.step + 1,
             )
             state = end_at_eos(state, config.eos_token_id, P) if stop_at_eos else state
-            if threshold is None and not stop_at_eos:  # known without waiting for the device
+            if threshold is None and not stop_at_eos:  # known without another transfer
                 left = [n - min(m, tokens_per_step) for n, m in zip(left, candidates)]
             else:
                 left = state.masked[:, state.block].sum(dim=1).tolist()
@@ -420,10 +422,11 @@ def settings(gen_length):
     """Arguments of `generate` by policy name: the paper's k and sigma, and Fast-dLLM's blocks.
 
     Below 256 tokens k and sigma shrink in proportion: a window much wider than k would spread stage
-    1 too thin.
+    1 too thin. Blocks have 32 tokens, below 128 tokens 16, or the next smaller divisor.
     """
     k, sigma = min(32, max(1, gen_length // 8)), min(10.0, 10 * gen_length / 256)
-    block_length = math.gcd(gen_length, 32 if gen_length >= 128 else 16)
+    most = 32 if gen_length >= 128 else 16
+    block_length = max(n for n in range(1, most + 1) if gen_length % n == 0)
     return {
         "vanilla": dict(policy=RecomputeAll()),
         "prefix": dict(policy=PrefixCache(), block_length=block_length),
@@ -433,10 +436,7 @@ def settings(gen_length):
 
 
 def marks(steps):
-    """What the last of a sequence's steps did where: for each of COLOURS the positions.
-
-    Why it recomputed them; and which it decoded, a second mark.
-    """
+    """Positions by COLOURS in the last of a sequence's steps: why recomputed, and which decoded."""
     state, chosen = steps[-1]
     masked, known = state.masked | state.fresh, state.known & ~state.fresh  # before it
     fresh = steps[-2][0].fresh if len(steps) > 1 else torch.zeros_like(known)
@@ -444,15 +444,20 @@ def marks(steps):
     return {mark: cells[0].nonzero()[:, 0].tolist() for mark, cells in zip(COLOURS, where)}
 
 
-def draw_map(steps):
+def draw_map(steps, policy):
     """The decode of one sequence as SVG: steps down, positions across."""
     P, T, S = steps[0][0].block.start, steps[0][0].tokens.shape[1], len(steps)
     cells, em = dict.fromkeys(COLOURS, ""), T / 60
     for y in range(S):
         for mark, positions in marks(steps[: y + 1]).items():
             cells[mark] += "".join(f"M{x} {y}h1v1h-1z" for x in positions)
+    reasons = {"masked": " (certainty prior)", "known": " (attention rollout)"}
+    reasons = reasons if isinstance(policy, D2Cache) else {}
     paths = [f'<path fill="{COLOURS[mark][0]}" d="{cells[mark]}"/>' for mark in cells]
-    legend = [f'<tspan fill="{COLOURS[mark][0]}">■</tspan> {mark} \u2003' for mark in cells]
+    legend = [
+        f'<tspan fill="{COLOURS[mark][0]}">■</tspan> {mark}{reasons.get(mark, "")} \u2003'
+        for mark in COLOURS
+    ]
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" style="background: #fff" '
         f'font-size="{em}" viewBox="{-em} {-2 * em} {T + 2 * em} {S + 5 * em}">\n'
@@ -493,7 +498,7 @@ def main():
         steps.append((state, chosen))
         if watched:
             print(f"\033[H{draw_screen(steps, tokenizer)}\033[J", flush=True)
-            time.sleep(0.05)  # the embedded model decodes faster than one can see
+            time.sleep(0.05 * (args.model == EMBEDDED_MODEL))  # which is faster than the eye
 
     try:
         require(args.gen_length >= 1, f"--gen-length is {args.gen_length}, should be at least 1")
@@ -505,7 +510,7 @@ def main():
         arguments = settings(args.gen_length)[args.policy]
         tokens = generate(model, prompt, args.gen_length, on_step=observe, **arguments)
         if args.map:
-            Path(args.map).write_text(draw_map(steps), encoding="utf-8")
+            Path(args.map).write_text(draw_map(steps, arguments["policy"]), encoding="utf-8")
     except (OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
     print(decode_response(tokenizer, tokens[0, prompt.shape[1] :], model.config.eos_token_id))

@@ -120,7 +120,7 @@ class Config:
 
     @property
     def shifted(self):
-        """Whether logits are shifted by one: row i - 1 predicts position i, and row 0 itself too."""
+        """Whether row i - 1 predicts position i, and row 0 itself too."""
         return self.model_type == "Dream"
 
     @classmethod
@@ -213,7 +213,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, hidden = config.d_model, config.mlp_hidden_size
-        self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+        self.head_dim = config.head_dim
         kv, bias = config.n_kv_heads * config.head_dim, config.include_qkv_bias
         self.attn_norm = nn.RMSNorm(C, config.rms_norm_eps)
         self.q_proj = nn.Linear(C, C, bias=bias)
@@ -233,9 +233,8 @@ class Block(nn.Module):
         """
         h = self.attn_norm(x)
         projections = (self.q_proj(h), self.k_proj(h), self.v_proj(h))
-        q, k, v = (p.unflatten(-1, (n, -1)) for p, n in zip(projections, self.heads))
-        q = rotate(q, cos, sin)  # (B, Q, H, D)
-        k = rotate(k, cos, sin)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projections)  # -> (B, Q, H, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if update is not None:
             k, v = update(k, v)  # (B, Q, G, D) -> (B, T, G, D)
         x = x + self.attn_out(attend(q, k, v, padding).flatten(2))
@@ -263,7 +262,7 @@ class Transformer(nn.Module):
         attend to all T: to the values just computed where recomputed, else to the `cache`, which
         is updated in place; but nothing attends to `padding`, (B, T) bool or None. RoPE knows only
         distances, so padding before a sequence does not change it. With return_attention, also the
-        head-averaged attention (L, B, Q, T).
+        head-averaged attention (L, B, Q, T). If `config.shifted`, row i predicts position i + 1.
         Raises ValueError if there are positions but no cache, or a cache of another shape.
         """
         hidden, maps = self.trunk(tokens, positions, cache, return_attention, padding)
@@ -271,7 +270,7 @@ class Transformer(nn.Module):
         return (logits, maps) if return_attention else logits
 
     def trunk(self, tokens, positions=None, cache=None, return_attention=False, padding=None):
-        """`forward` up to the head: residual stream (B, Q, C), and maps (L, B, Q, T) or None."""
+        """`forward` up to the head: residual stream (B, Q, C), and maps (L or 0, B, Q, T)."""
         B, T = tokens.shape
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
@@ -283,9 +282,8 @@ class Transformer(nn.Module):
         x = self.wte(tokens.gather(1, positions))  # (B, T) -> (B, Q) -> (B, Q, C)
         wide = torch.promote_types(x.dtype, torch.float32)
         cos, sin = rope(positions, self.config, wide)
-        maps = None
-        if return_attention:
-            maps = x.new_empty(len(self.blocks), *positions.shape, T, dtype=wide)
+        n_maps = len(self.blocks) if return_attention else 0
+        maps = x.new_empty(n_maps, *positions.shape, T, dtype=wide)
         for layer, block in enumerate(self.blocks):
             update = None if cache is None else partial(cache.update, layer, positions)
             x, attention = block(x, cos, sin, update, padding, return_attention)
@@ -295,7 +293,8 @@ class Transformer(nn.Module):
 
     def head(self, hidden):
         """Residual stream -> logits.  (B, Q, C) -> (B, Q, V)"""
-        return F.linear(self.ln_f(hidden), (self.ff_out or self.wte).weight)
+        head = self.wte if self.ff_out is None else self.ff_out
+        return F.linear(self.ln_f(hidden), head.weight)
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id, device="cpu", dtype=None):

@@ -126,6 +126,12 @@ def test_stopping_at_eos_changes_only_what_follows_it(name, spec, data):
     eos, P = model.config.eos_token_id, drawn.prompt_length
     tokens, steps = recorded(model, drawn, policy)
     stopped, fewer_steps = recorded(model, drawn, policy, stop_at_eos=True)
+    masked = torch.arange(tokens.shape[1]).expand_as(tokens) >= P
+    for state, chosen in fewer_steps:  # what was masked and is known now is fresh
+        assert torch.equal(
+            (masked & ~state.masked)[chosen.any(dim=1)], state.fresh[chosen.any(dim=1)]
+        )
+        masked = state.masked
     expected = [
         row[: row.index(eos, P)] + [eos] * (len(row) - row.index(eos, P)) if eos in row[P:] else row
         for row in tokens.tolist()
@@ -254,6 +260,9 @@ def test_a_policy_that_breaks_its_contract_is_named(breach):
 BAD_ARGUMENTS = [
     (dict(gen_length=0), "gen_length is 0"),
     (dict(gen_length=-4), "gen_length is -4"),
+    (dict(gen_length=2.5), "gen_length is 2.5, should be an integer"),
+    (dict(block_length=2.0), "block_length is 2.0, should be an integer"),
+    (dict(tokens_per_step=1.5), "tokens_per_step is 1.5, should be an integer"),
     (dict(tokens_per_step=0), "tokens_per_step is 0"),
     (dict(block_length=3), "block_length is 3, should divide gen_length 4"),
     (dict(block_length=0), "block_length is 0"),
@@ -308,6 +317,13 @@ def test_bad_settings_of_d2cache_are_named_with_their_value(arguments, message):
 def test_an_empty_prompt_decodes():
     tokens = generate(SPEC.build(), torch.zeros(1, 0, dtype=torch.long), 4, policy=D2Cache(k=2))
     assert tokens.shape == (1, 4) and not (tokens == SPEC.config().mask_token_id).any()
+
+
+def test_a_prompt_may_hold_a_mask_whose_id_is_beyond_the_vocabulary():
+    model = SPEC.build()
+    model.config = replace(model.config, mask_token_id=11, vocab_size=9)
+    tokens = generate(model, prompts([[1, 11, 2]]), 4)
+    assert tokens[0, :3].tolist() == [1, 11, 2] and tokens[0, 3:].max() < 9
 
 
 def test_any_integer_type_of_prompt_decodes_the_same():

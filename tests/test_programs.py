@@ -91,7 +91,10 @@ def test_the_map_shows_why_each_position_was_recomputed_and_what_was_decoded(pol
             expected[list(COLOURS)[why]].append((x, y))
         expected["decoded in this step"] += [(x, y) for x in decoded]
         fresh = decoded
-    drawing, svg = xml.fromstring(draw_map(steps)), "{http://www.w3.org/2000/svg}"
+    drawing, svg = (
+        xml.fromstring(draw_map(steps, settings(32)[policy]["policy"])),
+        "{http://www.w3.org/2000/svg}",
+    )
     drawn = {path.get("fill"): path.get("d") for path in drawing.iter(svg + "path")}
     for mark, (colour, _) in COLOURS.items():
         cells = re.findall(r"M(\d+) (\d+)h1v1h-1z", drawn[colour])

@@ -178,6 +178,11 @@ def test_mask_and_ids_without_a_token_are_never_predicted(excluded, lead, temper
     assert confidence.item() == torch.softmax(logits, dim=-1)[0, 0, 2].item()
 
 
+def test_no_temperature_is_too_high_to_exclude_mask():
+    _, token = predict(torch.zeros(1, 500, 6), CONFIG, 1e308, torch.Generator())
+    assert not torch.isin(token, torch.tensor([CONFIG.mask_token_id, CONFIG.vocab_size])).any()
+
+
 @given(st.integers(0, 2**16), st.sampled_from([0.2, 1.0, 3.0]))
 def test_a_sampled_token_is_lladas(seed, temperature):
     """Theirs is the arg-max of exp(logits) / (-log u)^temperature, in float64."""
