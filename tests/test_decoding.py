@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from d2cache import D2Cache, RecomputeAll, State, best, generate, in_block
+from d2cache import D2Cache, RecomputeAll, State, best, generate, in_block, unmask
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,10 +71,18 @@ def test_every_policy_decodes_like_the_oracle_with_the_same_policy(name, spec, d
 
 
 def assert_decodes_alone_as_in_company(model, drawn, policy):
-    together = generate(model, policy=policy, **drawn.arguments())
+    """Tokens, and in every step without waiting the choice, the confidence and the influence."""
+    together, steps = recorded(model, drawn, policy)
     for b, prompt in enumerate(drawn.prompts):
-        alone = generate(model, policy=policy, **replace(drawn, prompts=[prompt]).arguments())
-        assert torch.equal(alone[0], together[b, -alone.shape[1] :])
+        alone, own_steps = recorded(model, replace(drawn, prompts=[prompt]), policy)
+        own = slice(-alone.shape[1], None)
+        assert torch.equal(alone[0], together[b, own])
+        awake = [(state, chosen) for state, chosen in steps if chosen[b].any()]
+        for (state, chosen), (own_state, own_chosen) in zip(awake, own_steps, strict=True):
+            assert torch.equal(chosen[b, own], own_chosen[0])
+            for name in ("confidence", "influence"):
+                ours, theirs = getattr(state, name)[b, own], getattr(own_state, name)[0]
+                torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
 @EVERY_POLICY
@@ -132,6 +140,9 @@ def test_stopping_at_eos_changes_only_what_follows_it(name, spec, data):
             (masked & ~state.masked)[chosen.any(dim=1)], state.fresh[chosen.any(dim=1)]
         )
         masked = state.masked
+    for state, _ in fewer_steps:  # nothing is masked behind an EOS that nothing masked precedes
+        for row, masked in zip(state.tokens.tolist(), state.masked.tolist()):
+            assert True not in masked or eos not in row[P : masked.index(True)]
     expected = [
         row[: row.index(eos, P)] + [eos] * (len(row) - row.index(eos, P)) if eos in row[P:] else row
         for row in tokens.tolist()
@@ -174,6 +185,26 @@ def test_prompts_are_left_alone_and_mask_is_never_predicted(name, spec, data):
     P = drawn.prompt_length
     assert torch.equal(tokens[:, :P], arguments["prompt"])
     assert not (tokens[:, P:] == mask).any()
+
+
+def test_a_confidence_equal_to_the_threshold_does_not_exceed_it():
+    confidence = torch.tensor([[0.0, 0.75, 0.5, 0.25, 0.9]])
+    known, nobody = confidence == 0, torch.zeros(1, 5, dtype=torch.bool)
+    tokens = torch.zeros(1, 5, dtype=torch.long)
+    state = State(tokens, known, nobody, confidence, confidence, slice(1, 4), step=1)
+    for threshold, n in ((0.5, 1), (0.4, 2), (0.25, 2), (0.75, 1)):
+        commit = unmask(state, ~known, confidence, None, 1, threshold)
+        assert commit.tolist() == [[0 < i <= n for i in range(5)]]
+
+
+def test_tokens_are_drawn_with_the_generator_at_the_temperature():
+    def sample(seed, temperature):
+        generator = torch.Generator().manual_seed(seed)
+        settings = {"temperature": temperature, "generator": generator}
+        return generate(SPEC.build(), prompts([[1, 2, 3]]), 16, **settings).tolist()
+
+    greedy = sample(0, 0.0)
+    assert sample(0, 1e-6) == greedy != sample(0, 3.0) == sample(0, 3.0) != sample(1, 3.0)
 
 
 @st.composite

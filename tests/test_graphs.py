@@ -51,6 +51,18 @@ def test_replays_decode_what_separate_launches_decode(name, spec, bucket, temper
         assert torch.equal(tokens, expected)
 
 
+def test_graphs_of_padded_and_of_whole_prompts_are_kept_apart():
+    model = ModelSpec(2, 2, 2, 4, vocab_size=12, seed=0).build()
+    graphs, prompt = Replays(model), torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    shorter = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 1]])
+    decoded = []
+    for mask in (None, shorter, None, shorter):
+        expected = generate(model, prompt, 8, prompt_mask=mask)
+        assert torch.equal(generate(model, prompt, 8, prompt_mask=mask, graphs=graphs), expected)
+        decoded.append(expected)
+    assert not torch.equal(decoded[0], decoded[1])
+
+
 def test_buckets_bound_the_number_of_graphs():
     model = ModelSpec(**SPEC, seed=0).build()
     graphs = Replays(model, bucket=16)

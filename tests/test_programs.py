@@ -10,7 +10,8 @@ import xml.etree.ElementTree as xml
 from pathlib import Path
 
 import pytest
-from d2cache import COLOURS, EXAMPLE, draw_map, generate, settings
+import torch
+from d2cache import COLOURS, EXAMPLE, D2Cache, State, draw_map, draw_screen, generate, settings
 from model import Transformer, encode_prompt, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +64,8 @@ def test_a_terminal_shows_the_canvas_filling_and_then_the_answer():
     canvases = [re.sub(r"\033\[[^mJK]*[mJK]", "", frame) for frame in frames]
     assert [canvas.count(" _") for canvas in canvases] == list(range(15, -1, -1))
     assert all(canvas.startswith(" " + QUESTION) for canvas in canvases)
+    # Nothing is left of the frame before: neither in a line nor below the last.
+    assert all(re.match(r"([^\n]*\033\[K\r\n)*[^\n]*\033\[J\r\n", frame) for frame in frames)
     masked, fresh, known, decoded = (code for _, code in COLOURS.values())
     assert f"\033[{known}m Ben" in frames[0] and f"\033[{known}m Ben" not in frames[1]
     assert all(f"\033[{fresh}m" in frame for frame in frames[1:])
@@ -74,6 +77,47 @@ def test_a_terminal_shows_the_canvas_filling_and_then_the_answer():
 def test_no_color_asks_for_plain_text():
     written = in_terminal("--gen-length", 8, "--prompt", QUESTION, NO_COLOR="1")
     assert "\033" not in written and written.startswith("Ben starts")
+
+
+def test_an_empty_no_color_asks_for_nothing():
+    assert "\033" in in_terminal("--gen-length", 2, "--prompt", QUESTION, NO_COLOR="")
+
+
+def test_the_screen_shows_special_tokens_masks_and_whole_lines():
+    class TwoLines:
+        def decode(self, ids, skip_special_tokens):
+            return "<eos>" if not skip_special_tokens and ids == [0] else "a\nb"
+
+    known, nobody = torch.tensor([[True, True, False]]), torch.zeros(1, 3, dtype=torch.bool)
+    state = State(torch.tensor([[0, 5, 5]]), known, nobody, nobody, nobody, slice(0, 3), step=1)
+    screen = draw_screen([(state, nobody)], TwoLines())
+    assert screen == "\033[0m<eos>\033[0m\033[0ma\033[K\nb\033[0m\033[0m _\033[0m"
+
+
+@pytest.mark.parametrize(
+    "policy, reasons", [(D2Cache(), True), (settings(8)["dual"]["policy"], False)]
+)
+def test_the_labels_of_the_map_stand_where_they_belong(policy, reasons):
+    """Only d2Cache recomputes for the reasons of d2Cache."""
+    model, tokenizer = Transformer.from_pretrained(TINY), load_tokenizer(TINY)
+    prompt, steps, svg = encode_prompt(tokenizer, QUESTION), [], "{http://www.w3.org/2000/svg}"
+    observe = lambda state, chosen: steps.append((state, chosen))  # noqa: E731
+    generate(model, prompt, 8, 4, policy=policy, on_step=observe)
+    drawing = xml.fromstring(draw_map(steps, policy))
+    left, top, width, height = map(float, drawing.get("viewBox").split())
+    over, beside, legend = drawing.iter(svg + "text")
+    assert (over.text, beside.text) == ("prompt", "response")
+    assert float(beside.get("x")) == prompt.shape[1]
+    assert top < float(over.get("y")) < 0 and 8 < float(legend.get("y")) < top + height
+    assert left <= 0 and prompt.shape[1] + 8 <= left + width
+    entries = {entry.tail.strip(): entry.get("fill") for entry in legend.iter(svg + "tspan")}
+    assert {name.partition(" (")[0]: colour for name, colour in entries.items()} == {
+        mark: colour for mark, (colour, _) in COLOURS.items()
+    }
+    assert (
+        "masked (certainty prior)" in entries and "known (attention rollout)" in entries
+    ) == reasons
+    assert any("(" in name for name in entries) == reasons
 
 
 @pytest.mark.parametrize("policy", ["vanilla", "dual", "d2cache"])

@@ -95,6 +95,37 @@ def test_full_refresh_is_vanilla_on_the_trained_model_too(embedded):
     assert solve(embedded, PROBLEMS[:8], everything) == solve(embedded, PROBLEMS[:8], {})
 
 
+def test_forwards_and_shares_are_those_of_each_sequence_alone(embedded):
+    """A batch goes on until its last sequence is decoded; the others wait."""
+    arguments, nobody = settings(64)["d2cache"] | {"threshold": 0.9}, tqdm(disable=True)
+
+    def work(questions):
+        return bench.solve(*embedded, questions, RESPONSE_LENGTH, arguments, nobody)[1:]
+
+    questions = [question for question, _ in PROBLEMS[:4]]
+    alone = [work([question]) for question in questions]
+    assert len({forwards for forwards, _ in alone}) > 1
+    assert work(questions) == pytest.approx([sum(values) / 4 for values in zip(*alone)])
+
+
+def test_a_quality_row_is_named_after_its_threshold():
+    for name, arguments in bench.quality_rows(64):
+        _, mark, threshold = name.partition("threshold ")
+        assert arguments.get("threshold") == (float(threshold) if mark else None)
+
+
+def test_agreement_is_with_exact_decoding_in_the_same_order(monkeypatch):
+    """A stand-in for `solve` whose text says how it would have decoded."""
+
+    def solve(model, tokenizer, questions, gen_length, arguments, progress):
+        order = [arguments.get(name) for name in ("block_length", "sigma", "threshold")]
+        return [str(order)] * len(questions), 1, 1.0
+
+    monkeypatch.setattr(bench, "solve", solve)
+    rows, _ = bench.measure_quality(None, None, [("How many?", "#### 1")], 64)
+    assert [row["same text"] for row in rows] == [1] * len(rows)
+
+
 @pytest.mark.parametrize(
     "text, number",
     [
