@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as xml
@@ -13,6 +14,8 @@ import pytest
 import torch
 from d2cache import COLOURS, EXAMPLE, D2Cache, State, draw_map, draw_screen, generate, settings
 from model import Transformer, encode_prompt, load_tokenizer
+
+from test_checkpoints import write_qwen2
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "tiny"
@@ -38,6 +41,15 @@ def test_d2cache_py_prints_the_decoded_text_and_nothing_else(policy):
 def test_d2cache_py_decodes_the_prompt_it_is_given():
     result = run("d2cache.py", "--prompt", QUESTION, "--gen-length", 32)
     assert result.stdout.startswith("Ben starts with 30 pens.")
+
+
+def test_d2cache_py_decodes_a_checkpoint_in_dreams_layout(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(ROOT / "tests" / "golden" / "dream_tiny" / name, tmp_path)
+    write_qwen2(tmp_path)
+    result = run("d2cache.py", "--model", tmp_path, "--prompt", "the hello", "--gen-length", 8)
+    assert result.returncode == 0, result.stderr
+    assert "8 forwards" in result.stderr and result.stdout.count("\n") >= 1
 
 
 def in_terminal(*arguments, **environment):
@@ -152,6 +164,12 @@ def test_the_map_is_written_where_the_command_line_says(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Ben starts") and "\033" not in result.stdout
     assert xml.parse(tmp_path / "x.svg").getroot().tag.endswith("svg")
+
+
+def test_the_python_of_the_readme_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.endswith("#### 25\n"), result.stderr
 
 
 MISTAKES = [
