@@ -10,6 +10,8 @@ import sys
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
+import bench
+import d2cache
 import pytest
 import torch
 from d2cache import COLOURS, EXAMPLE, D2Cache, State, draw_map, draw_screen, generate, settings
@@ -193,10 +195,20 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("program, arguments, message", MISTAKES)
-def test_a_mistake_costs_one_line_and_exit_code_2(program, arguments, message):
+def test_a_mistake_costs_one_line_and_exit_code_2(program, arguments, message, monkeypatch, capsys):
+    """Called here, which saves the imports; two of them as a process follow."""
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    with pytest.raises(SystemExit) as end:
+        (d2cache if program == "d2cache.py" else bench).main()
+    out, error = capsys.readouterr()
+    assert end.value.code == 2 and out == ""
+    assert error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("program, arguments, message", [MISTAKES[1], MISTAKES[-1]])
+def test_a_mistake_ends_the_process_with_exit_code_2(program, arguments, message):
     result = run(program, *arguments)
-    assert result.returncode == 2
-    assert result.stdout == ""
+    assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and message in result.stderr
 
 
