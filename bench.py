@@ -472,7 +472,7 @@ def main():
     add("--model", help="checkpoint folder or hub id instead of the embedded model")
     add("--prompt", default=EXAMPLE, help="with --model: the text to answer and to time")
     add("--data", help='JSON lines {"question", "answer"} to score; answers end in "#### n"')
-    add("--problems", type=int, default=32, help="how many of them")
+    add("--problems", type=int, default=32, help="how many of them (32)")
     add("--prompt-length", type=int, help="of the speed table's random prompt")
     add("--gen-length", type=int, help="tokens to decode, in the speed table and with --model")
     add("--batch", type=int, help="sequences decoded at once in the speed table")

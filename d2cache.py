@@ -479,16 +479,16 @@ def draw_screen(steps, tokenizer):
 
 
 def main():
-    """Print the decoded answer to a prompt; a mistake ends in one line and exit code 2.
+    """Print the decoded answer to a prompt; a terminal with colours shows the canvas filling.
 
-    In a terminal with colours the canvas is shown while it fills.
+    A mistake ends in one line and exit code 2.
     """
     parser = argparse.ArgumentParser(description=main.__doc__, usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub id")
     add("--prompt", default=EXAMPLE, help="the user's text")
     add("--policy", default="d2cache", choices=settings(1), help="which positions to recompute")
-    add("--gen-length", default=64, type=int, help="tokens to decode")
+    add("--gen-length", default=64, type=int, help="tokens to decode (64)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--map", help="draw what was recomputed when, and why, into this SVG file")
     args, steps = parser.parse_args(), []

@@ -492,6 +492,7 @@ def encode_prompt(tokenizer, text):
     unknown = [text[start:stop].strip() for token, (start, stop) in pieces if token == "<unk>"]
     words = ", ".join(map(repr, unknown))
     require(not unknown, f"prompt: this model has no token for {words}")
+    require(encoding.ids, f"prompt is {text!r}, should hold at least one token")
     return torch.tensor([encoding.ids])
 
 

@@ -182,6 +182,7 @@ MISTAKES = [
     ("d2cache.py", ["--model", str(ROOT)], "tokenizer.json"),
     ("d2cache.py", ["--model", "/no/such/folder"], "/no/such/folder"),
     ("d2cache.py", ["--prompt", "Bob has 3 zebras."], "'Bob', 'zebras'"),
+    ("d2cache.py", ["--prompt", ""], "prompt is '', should hold at least one token"),
     ("d2cache.py", ["--device", "abacus"], "abacus"),
     ("d2cache.py", ["--colour"], "--colour"),
     ("d2cache.py", ["--map", "/no/such/folder/x.svg"], "/no/such/folder/x.svg"),

@@ -34,7 +34,7 @@ def bool_rows(draw, batch_size=None, length=None):
 @st.composite
 def scores_and_candidates(draw):
     """Scores with many ties and zeros, and which positions are `among`."""
-    among = draw(bool_rows(length=draw(st.integers(1, 12))))
+    among = draw(bool_rows(length=draw(st.integers(1, 12) | st.just(100))))
     value = st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0]) | st.floats(0, 4, width=32)
     row = st.lists(value, min_size=len(among[0]), max_size=len(among[0]))
     return draw(st.lists(row, min_size=len(among), max_size=len(among))), among
