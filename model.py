@@ -99,8 +99,7 @@ class Config:
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
             said = f"{field.name} is {value!r}, should be {kind.__name__}"
-            require(isinstance(value, (int, kind) if kind is float else kind), said)
-            require(isinstance(value, bool) == (kind is bool), said)
+            require(type(value) in ((int, float) if kind is float else (kind,)), said)
             if kind in (int, float):
                 least = 1e-30 if kind is float else 0 if field.name.endswith("_id") else 1
                 require(least <= value < 2**31, f"{said} from {least} to 2^31")
@@ -498,7 +497,5 @@ def encode_prompt(tokenizer, text):
 
 def decode_response(tokenizer, response, eos_token_id):
     """The text of a response, (gen_length,) ids, up to its first end-of-sequence token."""
-    ids = response.tolist()
-    if eos_token_id in ids:
-        ids = ids[: ids.index(eos_token_id)]
-    return tokenizer.decode(ids).strip()
+    ids = [*response.tolist(), eos_token_id]
+    return tokenizer.decode(ids[: ids.index(eos_token_id)]).strip()
