@@ -55,12 +55,6 @@ CPU_SHAPE = replace(  # an eighth as wide and a quarter as deep
 LLADA_8B_BYTES = 22e9  # weights 16 GB, cache 2.1, the first step's maps 2.1, and what is fleeting
 
 
-def new_cache(model, B, T):
-    """An empty cache in the model's precision, on its device."""
-    weight = model.wte.weight
-    return KVCache(model.config, B, T, weight.device, weight.dtype)
-
-
 class CudaGraphs:
     """Replays `recompute` as CUDA graphs: one launch for the model's thousand.
 
@@ -78,7 +72,8 @@ class CudaGraphs:
 
     def cache(self, B, T):
         if (B, T) not in self.caches:
-            self.caches[B, T] = new_cache(self.model, B, T)
+            weight, config = self.model.wte.weight, self.model.config
+            self.caches[B, T] = KVCache(config, B, T, weight.device, weight.dtype)
         return self.caches[B, T]
 
     def recompute(self, model, cache, R, uses_attention, tokens, positions, valid, padding):
@@ -328,7 +323,7 @@ def measure_parts(model, gen_length, steps):
     Q, R = int(chosen.sum(dim=1).max()), int(masked.sum(dim=1).max())
     if chosen.is_cuda:
         Q, R = graphs.round_up(Q, T), graphs.round_up(R, T)
-    (positions, valid), cache = pack(chosen, masked, Q), new_cache(model, *chosen.shape)
+    (positions, valid), cache = pack(chosen, masked, Q), graphs.cache(*chosen.shape)
     hidden, maps = model.trunk(state.tokens, positions, cache, return_attention=True)
 
     def select():

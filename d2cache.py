@@ -451,8 +451,8 @@ def draw_map(steps, policy):
     for y in range(S):
         for mark, positions in marks(steps[: y + 1]).items():
             cells[mark] += "".join(f"M{x} {y}h1v1h-1z" for x in positions)
-    reasons = {"masked": " (certainty prior)", "known": " (attention rollout)"}
-    reasons = reasons if isinstance(policy, D2Cache) else {}
+    ours = {"masked": " (certainty prior)", "known": " (attention rollout)"}
+    reasons = ours if isinstance(policy, D2Cache) else {}
     paths = [f'<path fill="{COLOURS[mark][0]}" d="{cells[mark]}"/>' for mark in cells]
     legend = [
         f'<tspan fill="{COLOURS[mark][0]}">■</tspan> {mark}{reasons.get(mark, "")} \u2003'
