@@ -67,8 +67,12 @@ class CudaGraphs:
         self.model, self.bucket = model, bucket
         self.caches, self.graphs, self.pool = {}, {}, None
 
-    def round_up(self, n, most):
-        return min(most, math.ceil(n / self.bucket) * self.bucket)
+    def round_up(self, positions, valid, R, T):
+        """What `pack` gives, for the sizes of a graph."""
+        Q, R = (min(T, math.ceil(n / self.bucket) * self.bucket) for n in (positions.shape[1], R))
+        more = Q - positions.shape[1]
+        repeats = positions[:, :1].expand(-1, more)
+        return torch.cat([positions, repeats], dim=1), F.pad(valid, (0, more)), R
 
     def cache(self, B, T):
         if (B, T) not in self.caches:
@@ -78,10 +82,11 @@ class CudaGraphs:
 
     def recompute(self, model, cache, R, uses_attention, tokens, positions, valid, padding):
         (B, Q), T = positions.shape, tokens.shape[1]
-        rows, more = self.round_up(R, T), self.round_up(Q, T) - Q
-        positions = torch.cat([positions, positions[:, :1].expand(B, more)], dim=1)
-        inputs = [x for x in (tokens, positions, F.pad(valid, (0, more)), padding) if x is not None]
-        kind = (B, T, Q + more, rows, uses_attention, len(inputs))
+        if uses_attention and Q == T:  # a graph would keep its T x T maps
+            return recompute(model, cache, R, uses_attention, tokens, positions, valid, padding)
+        positions, valid, rows = self.round_up(positions, valid, R, T)
+        inputs = [x for x in (tokens, positions, valid, padding) if x is not None]
+        kind = (B, T, positions.shape[1], rows, uses_attention, len(inputs))
         if kind not in self.graphs:
             own = [tensor.clone() for tensor in inputs]
             run = partial(recompute, model, cache, rows, uses_attention, *own)
@@ -97,8 +102,10 @@ class CudaGraphs:
         """A graph of what run() launches, and the tensors that a replay leaves its results in."""
         graph, device = torch.cuda.CUDAGraph(), self.model.wte.weight.device
         # Sharing memory is safe: the results of one graph are used up before the next is replayed.
-        with torch.cuda.device(device), torch.cuda.graph(graph, pool=self.pool):
-            outputs = run()
+        with torch.cuda.device(device):
+            run()  # what kernels do when they are first used cannot be captured
+            with torch.cuda.graph(graph, pool=self.pool):
+                outputs = run()
         self.pool = graph.pool()
         return graph, outputs
 
@@ -317,19 +324,17 @@ def measure_parts(model, gen_length, steps):
     between launches, and its part of the first step, which recomputes everything.
     """
     policy, (state, _) = settings(gen_length)["d2cache"]["policy"], steps[len(steps) // 2]
-    nobody, shifted = torch.zeros_like(state.known[:, :1]), model.config.shifted
-    chosen, masked = choose(policy, state, nobody, shifted)
-    graphs, T = CudaGraphs(model), chosen.shape[1]
-    Q, R = int(chosen.sum(dim=1).max()), int(masked.sum(dim=1).max())
+    chosen, masked = choose(policy, state, model.config.shifted)
+    graphs, (positions, valid, R) = CudaGraphs(model), pack(chosen, masked)
     if chosen.is_cuda:
-        Q, R = graphs.round_up(Q, T), graphs.round_up(R, T)
-    (positions, valid), cache = pack(chosen, masked, Q), graphs.cache(*chosen.shape)
+        positions, valid, R = graphs.round_up(positions, valid, R, chosen.shape[1])
+    cache = graphs.cache(*chosen.shape)
     hidden, maps = model.trunk(state.tokens, positions, cache, return_attention=True)
 
     def select():
         attention_rollout(maps, positions, valid)
         certainty_prior(state.confidence, state.known, policy.sigma)  # once more, for the commit
-        pack(*choose(policy, state, nobody, shifted), Q)
+        pack(*choose(policy, state, model.config.shifted))
 
     parts = {
         "forward": lambda: model.trunk(state.tokens, positions, cache),

@@ -1,11 +1,11 @@
 """d2Cache: decode a masked diffusion language model, recomputing only the positions that matter.
 
 A step of plain decoding recomputes all T positions of the canvas to commit one token. Here every
-step asks a policy one question, which positions to recompute; all other keys and values come from
-the cache. d2Cache answers with (1) the masked positions about to be decoded, by certainty prior,
-(2) the known positions that carry the attention, by attention rollout, and the position decoded
-just before. Uncached decoding, prefix cache and dual cache are other answers to the same question,
-so one forward pass and one decoding loop serve them all.
+step asks a policy which positions to recompute; all other keys and values come from the cache.
+d2Cache answers with (1) the masked positions about to be decoded, by certainty prior, (2) the known
+positions that carry the attention, by attention rollout, and the position decoded just before.
+Uncached decoding, prefix cache and dual cache are other answers, so one forward pass and one
+decoding loop serve them all.
 
 Paper: arXiv 2509.23094; equation numbers are its first version's. Shape letters as in model.py:
 B sequences, T positions, P of them prompt, Q recomputed, R of these masked, L layers, V vocabulary.
@@ -30,10 +30,10 @@ EXAMPLE = (
     "sells 9 stickers at the market. On Friday Anna gets 8 more stickers at the school. "
     "How many stickers does Anna have now?"
 )
-COLOURS = {  # of what a step does at a position: in a picture, in a terminal
-    "masked": ("#f2b134", "30;43"),
-    "just decoded": ("#d1495b", "97;41"),
+COLOURS = {  # of what a step does at a position, in a picture and in a terminal; the last counts
     "known": ("#3d7ea6", "97;44"),
+    "just decoded": ("#d1495b", "97;41"),
+    "masked": ("#f2b134", "30;43"),
     "decoded in this step": ("#222222", "30;42"),
 }
 
@@ -42,9 +42,9 @@ def certainty_density(known, sigma, dtype=torch.float32):
     """Share of known positions around each one, in a Gaussian window of sigma positions.  Eq. 3.
 
     D(i) = sum over known j of exp(-(i - j)^2 / (2 sigma^2)), divided by the mass of the window.
-    Over the whole canvas, as in the paper; the authors' code sees the response alone.
-    (B, T) bool -> (B, T) in [0, 1]
+    The authors' code sees the response alone; the paper all.  (B, T) bool -> (B, T) in [0, 1]
     """
+    require(sigma > 0, f"sigma is {sigma}, should be above 0")
     T = known.shape[1]
     distance = torch.arange(1 - T, T, device=known.device, dtype=dtype)
     window = torch.exp(-((distance / sigma) ** 2) / 2)
@@ -64,13 +64,11 @@ def attention_rollout(maps, positions, valid):
     W_l = rownormalise(A_l + I), where A_l holds the attention of the recomputed rows and every
     other row of W_l is one-hot. Only column sums are wanted, so a row vector goes down the layers
     instead of T x T products: a recomputed row keeps half of what it has, its attention takes half.
-    maps (L, B, Q, T), positions (B, Q); entries that are not valid (B, Q) are repeats, and do not
-    count.  -> (B, T), every row sums to T
+    maps (L, B, Q, T), positions (B, Q); not valid (B, Q) are repeats.  -> (B, T), rows sum to T
     """
-    wide = torch.promote_types(maps.dtype, torch.float32)
-    influence = torch.ones(maps.shape[1], maps.shape[3], device=maps.device, dtype=wide)
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    influence = maps.new_ones(maps.shape[1], maps.shape[3])
     for attention in maps.unbind()[::-1]:  # (B, Q, T), the last layer first
-        attention = attention.to(wide)
         moving = influence.gather(1, positions) * valid  # (B, T) -> (B, Q)
         kept = moving / (1 + attention.sum(dim=2))
         passed = (kept[:, None] @ attention)[:, 0]  # (B, Q) -> (B, T)
@@ -95,9 +93,9 @@ def nucleus(score, p, among):
 
 
 def best(score, among, n):
-    """The n positions of highest score among some, or all of those; of equals the first.
+    """The n positions of highest score `among` some, or all of those; of equals the first.
 
-    score (B, T), among (B, T) bool, n a number or one for each sequence, (B, 1).  -> (B, T) bool
+    score (B, T), among (B, T) bool, n an integer or (B, 1), one a sequence.  -> (B, T) bool
     """
     order = score.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return (order.argsort(dim=1) < n) & among
@@ -121,17 +119,17 @@ class State:
         """Positions still to be decoded.  (B, T) bool"""
         return ~self.known if self.padding is None else ~(self.known | self.padding)
 
+    @property
+    def in_block(self):
+        """The positions of the current block.  (B, T) bool"""
+        inside = torch.zeros_like(self.known)
+        inside[:, self.block] = True
+        return inside
 
-def in_block(state):
-    """The positions of the current block.  (B, T) bool"""
-    inside = torch.zeros_like(state.known)
-    inside[:, state.block] = True
-    return inside
-
-
-def block_starts(state):
-    """Sequences of whose current block nothing is decoded yet.  (B, 1) bool"""
-    return ~state.known[:, state.block].any(dim=1, keepdim=True)
+    @property
+    def block_starts(self):
+        """Sequences of whose current block nothing is decoded yet.  (B, 1) bool"""
+        return ~self.known[:, self.block].any(dim=1, keepdim=True)
 
 
 class RecomputeAll:
@@ -150,7 +148,7 @@ class PrefixCache:
 
     def choose(self, state):
         positions = torch.arange(state.known.shape[1], device=state.known.device)
-        return block_starts(state) | (positions >= state.block.start)
+        return state.block_starts | (positions >= state.block.start)
 
 
 class DualCache:
@@ -159,7 +157,7 @@ class DualCache:
     uses_attention = False
 
     def choose(self, state):
-        return block_starts(state) | in_block(state)
+        return state.block_starts | state.in_block
 
 
 @dataclass(frozen=True)
@@ -181,138 +179,87 @@ class D2Cache:
     def about_to_be_decoded(self, state):
         """Stage 1, Eq. 4: the k masked positions of highest prior, those of the block first."""
         prior = certainty_prior(state.confidence, state.known, self.sigma)
-        inside = best(prior, state.masked & in_block(state), self.k)
+        inside = best(prior, state.masked & state.in_block, self.k)
         left = self.k - inside.sum(dim=1, keepdim=True)
-        return inside | best(prior, state.masked & ~in_block(state), left)
+        return inside | best(prior, state.masked & ~state.in_block, left)
 
     def attended(self, state):
         """Stage 2, Eq. 9: the nucleus of influence among prompt and decoded positions."""
         return nucleus(state.influence, self.p, among=state.known)
 
 
-def prompt_and_padding(model, prompt, gen_length, prompt_mask):
-    """The prompt as int64 and the padding, (B, T) bool or None, both on the model's device.
-
-    ValueError for a canvas that `generate` cannot decode.
-    """
-    shape, kind = tuple(prompt.shape), prompt.dtype
-    integer = not (kind == torch.bool or kind.is_floating_point or kind.is_complex)
+def blank_canvas(model, prompt, gen_length, prompt_mask=None):
+    """The state before the first step, on the model's device; ValueError for a bad prompt."""
+    config, weight, shape = model.config, model.wte.weight, tuple(prompt.shape)
+    integer = not prompt.is_floating_point() and prompt.dtype != torch.bool
     fits = integer and len(shape) == 2 and shape[0] > 0
-    require(fits, f"prompt is {shape} {kind}, should be (B, P) integers")
-    prompt = prompt.to(model.wte.weight.device, torch.long)
-    P, most, V = shape[1], model.config.max_sequence_length, model.config.vocab_size
-    fits = (0 <= prompt) & (prompt < V) | (prompt == model.config.mask_token_id)
-    wrong = prompt[~fits].unique().tolist()
+    require(fits, f"prompt is {shape} {prompt.dtype}, should be (B, P) integers")
+    prompt, mask_id, V = prompt.to(weight.device).long(), config.mask_token_id, config.vocab_size
+    wrong = prompt[((prompt < 0) | (prompt >= V)) & (prompt != mask_id)].tolist()
     require(not wrong, f"prompt holds ids {wrong[:5]}, should be 0 to {V - 1}")
-    lengths = f"gen_length is {gen_length} after a prompt of {P}"
-    require(P + gen_length <= most, f"{lengths}, should be at most max_sequence_length {most}")
-    if prompt_mask is None:
-        return prompt, None
-    given = tuple(prompt_mask.shape)
+    most = config.max_sequence_length - shape[1]
+    said = f"gen_length is {gen_length} after a prompt of {shape[1]}, should be from 1 to {most}"
+    require(1 <= gen_length <= most, said)
+    mask = torch.ones_like(prompt) if prompt_mask is None else prompt_mask.to(weight.device)
+    real, given = mask.bool(), tuple(mask.shape)
     require(given == shape, f"prompt_mask is {given}, should be {shape}, as the prompt")
-    real = prompt_mask.to(prompt.device).bool()
     wrong = (real[:, :-1] & ~real[:, 1:]).any(dim=1) | ~real[:, -1:].all(dim=1)
-    wrong = wrong.nonzero()[:, 0].tolist()
-    require(not wrong, f"prompt_mask rows {wrong} should be zeros (padding), then at least one 1")
-    return prompt, None if real.all() else F.pad(~real, (0, gen_length), value=False)
+    said = f"prompt_mask rows {wrong.nonzero()[:, 0].tolist()} should be zeros (padding), then"
+    require(not wrong.any(), f"{said} at least one 1")
+
+    tokens = F.pad(prompt, (0, gen_length), value=mask_id)
+    known, padding = (F.pad(x, (0, gen_length), value=False) for x in (real, ~real))
+    zeros = torch.zeros_like(tokens, dtype=torch.promote_types(weight.dtype, torch.float32))
+    fresh, ones, nowhere = torch.zeros_like(known), torch.ones_like(zeros), slice(0, 0)
+    return State(tokens, known, fresh, zeros, ones, nowhere, 0, padding if padding.any() else None)
 
 
-def check_settings(model, gen_length, block_length, tokens_per_step, sigma, threshold,
-                   temperature, generator):  # fmt: skip
-    """ValueError for settings of `generate` that are out of range."""
-    counts = dict(gen_length=gen_length, block_length=block_length, tokens_per_step=tokens_per_step)
-    for name, n in counts.items():
-        require(isinstance(n, int) and n >= 1, f"{name} is {n}, should be an integer, at least 1")
-    divides = gen_length % block_length == 0
-    require(divides, f"block_length is {block_length}, should divide gen_length {gen_length}")
-    require(sigma is None or sigma > 0, f"sigma is {sigma}, should be above 0, or None")
-    share = threshold is None or 0 <= threshold <= 1
-    require(share, f"threshold is {threshold}, should be from 0 to 1, or None")
-    require(0 <= temperature < math.inf, f"temperature is {temperature}, should be at least 0")
-    device, own = model.wte.weight.device.type, generator and generator.device.type
-    said = f"generator is on {own} at temperature {temperature}, should be a torch.Generator on"
-    require(temperature == 0 or own == device, f"{said} {device}")
-
-
-def blank_canvas(model, prompt, gen_length, padding):
-    """The state before the first step: the prompt, then gen_length masks."""
-    tokens = F.pad(prompt, (0, gen_length), value=model.config.mask_token_id)
-    known = F.pad(torch.ones_like(prompt, dtype=torch.bool), (0, gen_length), value=False)
-    known = known if padding is None else known & ~padding
-    wide = torch.promote_types(model.wte.weight.dtype, torch.float32)
-    zeros = torch.zeros_like(tokens, dtype=wide)
-    fresh, nowhere = torch.zeros_like(known), slice(0, 0)
-    return State(tokens, known, fresh, zeros, torch.ones_like(zeros), nowhere, 0, padding)
-
-
-def choose(policy, state, waits, shifted):
+def choose(policy, state, shifted):
     """The positions recomputed in this step, and those of them to be predicted.  2 x (B, T)
 
-    All in the first step, then as the policy says; but no padding, and nothing in a sequence that
-    `waits` (B, 1), its block done before others'. If logits are `shifted`, a masked position is
-    predicted by the row before it, which is recomputed too.
+    All in the first step, then as the policy says; but no padding, and nothing in a sequence whose
+    block is done, which waits for others. `shifted` logits: the row before a masked position too.
     """
     chosen = torch.ones_like(state.known) if state.step == 0 else policy.choose(state)
     said = f"policy {type(policy).__name__} chose {tuple(chosen.shape)} {chosen.dtype}"
     matches = chosen.dtype == torch.bool and chosen.shape == state.known.shape
     require(matches, f"{said}, should be {tuple(state.known.shape)} torch.bool")
-    chosen = chosen & ~waits & (state.known | state.masked)
+    unfinished = state.masked[:, state.block].any(dim=1, keepdim=True)
+    chosen = chosen & unfinished & (state.known | state.masked)
     masked = chosen & state.masked
     return chosen | F.pad(masked[:, 1:], (0, 1)) if shifted else chosen, masked
 
 
-def count(chosen, masked, state, left, policy):
-    """Q, R, and each sequence's number of candidates: the one transfer to the host in a step.
-
-    Candidates are the chosen masked positions of the block: only they may be committed. ValueError
-    if a sequence has none though masked positions of its block are `left`.
-    """
-    name = type(policy).__name__
-    sums = chosen.sum(dim=1), masked.sum(dim=1), masked[:, state.block].sum(dim=1)
-    Q, R, candidates = torch.stack(sums).tolist()  # each a list by sequence
-    idle = [b for b, n in enumerate(left) if n and not candidates[b]]
-    place = f"block {state.block.start}:{state.block.stop} in step {state.step}, sequences {idle}"
-    require(not idle, f"policy {name} chose no masked position of the unfinished {place}")
-    return max(Q), max(R), candidates
-
-
-def pack(chosen, masked, Q):
-    """Chosen positions in rows of equal length, the masked ones first.  (B, T) -> 2 x (B, Q)
+def pack(chosen, masked):
+    """Chosen positions in rows of equal length, the masked ones, at most R, first.
 
     A row of fewer than Q repeats its first position, and is not valid there: recomputing a position
-    twice gives the same keys and values, so company changes no sequence. One that waits has no
-    chosen position: its row repeats position 0, and `recompute` undoes what that writes.
+    twice gives the same keys and values. A sequence that waits has no first: it repeats position 0.
+    2 x (B, T) -> positions (B, Q), valid (B, Q), R
     """
+    sizes = chosen.sum(dim=1).max(), masked.sum(dim=1).max()
+    Q, R = torch.stack(sizes).tolist()  # the one transfer to the host in a step
     order = (chosen.int() + masked.int()).argsort(dim=1, descending=True, stable=True)[:, :Q]
     valid = chosen.gather(1, order)
-    return torch.where(valid, order, order[:, :1]), valid
-
-
-def rows_before(hidden, positions, T):
-    """For each position the row of the one before it, where that is recomputed too.
-
-    hidden (B, Q, C), positions (B, Q) -> (B, Q, C). Position 0 has its own row.
-    """
-    rows = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
-    row_of = positions.new_zeros(len(positions), T).scatter(1, positions, rows)  # (B, Q) -> (B, T)
-    before = row_of.gather(1, (positions - 1).clamp(min=0))
-    return hidden.gather(1, before[..., None].expand_as(hidden))
+    return torch.where(valid, order, order[:, :1]), valid, R
 
 
 def recompute(model, cache, R, uses_attention, tokens, positions, valid, padding=None):
-    """One forward pass over positions (B, Q): all that a step wants to know of the model.
+    """One forward pass over positions (B, Q): logits (B, R, V) and influence (B, T).
 
-    Only what predicts the first R positions, the masked ones, passes the head. -> their logits
-    (B, R, V), and the influence of every position, (B, T): without maps the same for all.
+    Only what predicts the first R, the masked ones, passes the head. No maps: equal influence.
     """
     waits = ~valid.any(dim=1)[:, None, None]
     stored = [(tensor, tensor[:, :, 0].clone()) for tensor in (cache.k, cache.v)]
     hidden, maps = model.trunk(tokens, positions, cache, uses_attention, padding)
     for tensor, before in stored:  # a sequence that waits keeps its cache
         tensor[:, :, 0] = before.where(waits, tensor[:, :, 0])
-    if model.config.shifted:
-        hidden = rows_before(hidden, positions, tokens.shape[1])
-    return model.head(hidden[:, :R]), attention_rollout(maps, positions, valid)
+    predicting = hidden[:, :R]
+    if model.config.shifted:  # then they are the rows before, and position 0 has its own
+        before = (positions[:, :R, None] - 1).clamp(min=0)
+        row = (positions[:, None] == before).int().argmax(dim=2, keepdim=True)  # (B, R, Q) -> ...
+        predicting = hidden.gather(1, row.expand_as(predicting))
+    return model.head(predicting), attention_rollout(maps, positions, valid)
 
 
 def predict(logits, config, temperature=0.0, generator=None):
@@ -321,6 +268,9 @@ def predict(logits, config, temperature=0.0, generator=None):
     The likeliest one, or one drawn from softmax(logits / temperature) by Gumbel noise, in float64
     as in LLaDA. [MASK] and ids without a token are never it, but keep their share of probability.
     """
+    require(0 <= temperature < math.inf, f"temperature is {temperature}, should be at least 0")
+    drawn = f"generator is {generator} at temperature {temperature}"
+    require(temperature == 0 or generator, f"{drawn}, should be a torch.Generator")
     ids = torch.arange(logits.shape[-1], device=logits.device)
     excluded, score = (ids == config.mask_token_id) | (ids >= config.vocab_size), logits
     if temperature > 0:
@@ -332,13 +282,16 @@ def predict(logits, config, temperature=0.0, generator=None):
 
 
 def unmask(state, masked, confidence, sigma, tokens_per_step, threshold):
-    """The positions committed in this step, of those in the block that are recomputed and `masked`.
+    """Of the recomputed `masked` positions in the block those to be committed.  -> (B, T) bool
 
-    The tokens_per_step best by confidence, or by certainty prior if sigma is given; and, as in
-    Fast-dLLM, all whose confidence exceeds the threshold, if there is one.  -> (B, T) bool
+    The best by confidence, or by certainty prior if sigma is given; and, as in Fast-dLLM, all whose
+    confidence exceeds the threshold, if there is one.
     """
+    require(tokens_per_step >= 1, f"tokens_per_step is {tokens_per_step}, should be at least 1")
+    share = threshold is None or 0 <= threshold <= 1
+    require(share, f"threshold is {threshold}, should be from 0 to 1, or None")
     score = confidence if sigma is None else certainty_prior(confidence, state.known, sigma)
-    candidates = masked & in_block(state)
+    candidates = masked & state.in_block
     commit = best(score, candidates, tokens_per_step)
     return commit if threshold is None else commit | candidates & (confidence > threshold)
 
@@ -360,45 +313,41 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
 
     Blocks of block_length positions are decoded from left to right (None: one block). Each step
     recomputes what `policy` chooses and commits the tokens_per_step best of the block's masked
-    positions among them: by confidence, or by certainty prior if sigma is given. With a threshold
-    it also commits all others of them whose confidence exceeds it. [MASK] is never predicted, and
-    at temperature 0 a sequence decodes alone as in company, but for round-off.
-    Short prompts are padded on the left, where prompt_mask (B, P) is 0. stop_at_eos makes all that
-    follows a sequence's first EOS token EOS once everything before it is decoded. A temperature
-    above 0 draws tokens with `generator`, on the model's device, one for the whole batch.
+    positions among them, by confidence, or by certainty prior if sigma is given; with a threshold
+    also all others of them whose confidence exceeds it.
+    Short prompts are padded on the left, where prompt_mask (B, P) is 0: a sequence decodes alone as
+    in company. stop_at_eos makes all that follows a response's first EOS token EOS once everything
+    before it is decoded. A temperature above 0 draws tokens with `generator`, one for the batch.
     on_step(state, chosen) is called after every step with the new State and the positions (B, T)
-    that were recomputed. graphs, a CudaGraphs of the model (bench.py), makes every step but the
-    first a replay.
+    recomputed for it. graphs, bench.py's CudaGraphs of the model, replays the forward passes.
     Raises ValueError for arguments out of range and for a policy that leaves nothing to commit.
     """
+    state = blank_canvas(model, prompt, gen_length, prompt_mask)
     block_length = gen_length if block_length is None else block_length
-    check_settings(model, gen_length, block_length, tokens_per_step, sigma, threshold, temperature,
-                   generator)  # fmt: skip
-    require(not graphs or graphs.model is model, "graphs should be CudaGraphs(model) of this model")
-    prompt, padding = prompt_and_padding(model, prompt, gen_length, prompt_mask)
-    (B, P), T = prompt.shape, prompt.shape[1] + gen_length
-    config, weight = model.config, model.wte.weight
-    state = blank_canvas(model, prompt, gen_length, padding)
+    divides = block_length >= 1 and gen_length % block_length == 0
+    require(divides, f"block_length is {block_length}, should divide gen_length {gen_length}")
+    (B, T), P, config = state.tokens.shape, prompt.shape[1], model.config
+    weight, run = model.wte.weight, graphs.recompute if graphs else recompute
     cache = graphs.cache(B, T) if graphs else KVCache(config, B, T, weight.device, weight.dtype)
 
     for start in range(P, T, block_length):
         state = replace(state, block=slice(start, start + block_length))
-        left = state.masked[:, state.block].sum(dim=1).tolist()  # to be committed, by sequence
-        while any(left):
-            waits = ~state.masked[:, state.block].any(dim=1, keepdim=True)  # for other sequences
-            chosen, masked = choose(policy, state, waits, config.shifted)
-            Q, R, candidates = count(chosen, masked, state, left, policy)
-            positions, valid = pack(chosen, masked, Q)
-            # A graph of the first step would keep its T x T maps.
-            run = graphs.recompute if graphs and state.step > 0 else recompute
-            logits, influence = run(
-                model, cache, R, policy.uses_attention, state.tokens, positions, valid, padding
-            )
+        for n in range(block_length):  # at most: every step commits a position
+            unsure = threshold is not None or stop_at_eos or n * tokens_per_step >= block_length
+            if unsure and not state.masked[:, state.block].any():  # costs another transfer
+                break
+            chosen, masked = choose(policy, state, config.shifted)
+            positions, valid, R = pack(chosen, masked)
+            if R == 0:
+                break
+            inputs = state.tokens, positions, valid, state.padding
+            logits, influence = run(model, cache, R, policy.uses_attention, *inputs)
             confidence, token = predict(logits, config, temperature, generator)
             row = (masked.cumsum(dim=1) - 1).clamp(min=0)  # pack puts the masked ones first
             confidence = confidence.gather(1, row).where(masked, state.confidence)
             commit = unmask(state, masked, confidence, sigma, tokens_per_step, threshold)
 
+            waits = ~chosen.any(dim=1, keepdim=True)  # for other sequences, and keeps its state
             state = replace(
                 state,
                 tokens=token.gather(1, row).where(commit, state.tokens),
@@ -409,20 +358,18 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
                 step=state.step + 1,
             )
             state = end_at_eos(state, config.eos_token_id, P) if stop_at_eos else state
-            if threshold is None and not stop_at_eos:  # known without another transfer
-                left = [n - min(m, tokens_per_step) for n, m in zip(left, candidates)]
-            else:
-                left = state.masked[:, state.block].sum(dim=1).tolist()
             if on_step is not None:
                 on_step(state, chosen)
+        said = f"policy {type(policy).__name__} chose no masked position of block"
+        done = not state.masked[:, state.block].any()
+        require(done, f"{said} {start}:{start + block_length}, by step {state.step}")
     return state.tokens
 
 
 def settings(gen_length):
     """Arguments of `generate` by policy name: the paper's k and sigma, and Fast-dLLM's blocks.
 
-    Below 256 tokens k and sigma shrink in proportion: a window much wider than k would spread stage
-    1 too thin. Blocks have 32 tokens, below 128 tokens 16, or the next smaller divisor.
+    For less than 256 tokens smaller ones: a window much wider than k would spread stage 1 too thin.
     """
     k, sigma = min(32, max(1, gen_length // 8)), min(10.0, 10 * gen_length / 256)
     most = 32 if gen_length >= 128 else 16
@@ -436,53 +383,43 @@ def settings(gen_length):
 
 
 def marks(steps):
-    """Positions by COLOURS in the last of a sequence's steps: why recomputed, and which decoded."""
-    state, chosen = steps[-1]
-    masked, known = state.masked | state.fresh, state.known & ~state.fresh  # before it
-    fresh = steps[-2][0].fresh if len(steps) > 1 else torch.zeros_like(known)
-    where = (chosen & masked, chosen & known & fresh, chosen & known & ~fresh, state.fresh)
-    return {mark: cells[0].nonzero()[:, 0].tolist() for mark, cells in zip(COLOURS, where)}
+    """{position: key of COLOURS} of the last of a sequence's steps."""
+    (before, _), (state, chosen) = (steps[:1] + steps)[-2:]
+    where = (chosen, chosen & before.fresh, chosen & state.masked, state.fresh)
+    cells = zip(COLOURS, (positions[0].nonzero()[:, 0].tolist() for positions in where))
+    return {position: mark for mark, positions in cells for position in positions}
 
 
 def draw_map(steps, policy):
     """The decode of one sequence as SVG: steps down, positions across."""
     P, T, S = steps[0][0].block.start, steps[0][0].tokens.shape[1], len(steps)
-    cells, em = dict.fromkeys(COLOURS, ""), T / 60
-    for y in range(S):
-        for mark, positions in marks(steps[: y + 1]).items():
-            cells[mark] += "".join(f"M{x} {y}h1v1h-1z" for x in positions)
-    ours = {"masked": " (certainty prior)", "known": " (attention rollout)"}
-    reasons = ours if isinstance(policy, D2Cache) else {}
-    paths = [f'<path fill="{COLOURS[mark][0]}" d="{cells[mark]}"/>' for mark in cells]
-    legend = [
-        f'<tspan fill="{COLOURS[mark][0]}">■</tspan> {mark}{reasons.get(mark, "")} \u2003'
-        for mark in COLOURS
-    ]
+    rows, em, paths, legend = [marks(steps[: y + 1]) for y in range(S)], T / 60, "", ""
+    reasons = {"masked": " (certainty prior)", "known": " (attention rollout)"}
+    for mark, (colour, _) in COLOURS.items():
+        reason = reasons.get(mark, "") if isinstance(policy, D2Cache) else ""
+        cells = (f"M{x} {y}h1v1h-1z" for y, row in enumerate(rows) for x in row if row[x] == mark)
+        paths += f'<path fill="{colour}" d="{"".join(cells)}"/>'
+        legend += f'<tspan fill="{colour}">■</tspan> {mark}{reason} \u2003'
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" style="background: #fff" '
         f'font-size="{em}" viewBox="{-em} {-2 * em} {T + 2 * em} {S + 5 * em}">\n'
-        f'<path fill="#eee" d="M0 0h{T}v{S}h-{T}z"/>\n{"".join(paths)}\n'
+        f'<path fill="#eee" d="M0 0h{T}v{S}h-{T}z"/>\n{paths}\n'
         f'<text y="{-em / 2}">prompt</text><text x="{P}" y="{-em / 2}">response</text>\n'
-        f'<text y="{S + 2 * em}">{"".join(legend)}</text>\n</svg>\n'
+        f'<text y="{S + 2 * em}">{legend}</text>\n</svg>\n'
     )
 
 
 def draw_screen(steps, tokenizer):
     """The canvas of one sequence as text, in a terminal's colours."""
-    state, colours = steps[-1][0], {}
-    for mark, positions in marks(steps).items():
-        colours |= dict.fromkeys(positions, COLOURS[mark][1])
-    texts = [tokenizer.decode([id], skip_special_tokens=False) for id in state.tokens[0].tolist()]
-    texts = [text if known else " _" for text, known in zip(texts, state.known[0].tolist())]
-    coloured = (f"\033[{colours.get(i, 0)}m{text}\033[0m" for i, text in enumerate(texts))
-    return "".join(coloured).replace("\n", "\033[K\n")  # nothing is left of a longer line
+    state, screen, done = steps[-1][0], "", marks(steps)
+    for i, (id, known) in enumerate(zip(state.tokens[0].tolist(), state.known[0].tolist())):
+        text = tokenizer.decode([id], skip_special_tokens=False) if known else " _"
+        screen += f"\033[{COLOURS[done[i]][1] if i in done else 0}m{text}\033[0m"
+    return screen.replace("\n", "\033[K\n")  # nothing is left of a longer line
 
 
 def main():
-    """Print the decoded answer to a prompt; a terminal with colours shows the canvas filling.
-
-    A mistake ends in one line and exit code 2.
-    """
+    """Print the decoded answer to a prompt; a terminal with colours shows the canvas filling."""
     parser = argparse.ArgumentParser(description=main.__doc__, usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub id")
@@ -502,8 +439,6 @@ def main():
 
     try:
         require(args.gen_length >= 1, f"--gen-length is {args.gen_length}, should be at least 1")
-        folder = Path(args.map or "here").resolve().parent
-        require(folder.is_dir(), f"--map {args.map}: there is no folder {folder}")
         tokenizer = load_tokenizer(args.model)
         prompt = encode_prompt(tokenizer, args.prompt)
         model = Transformer.from_pretrained(args.model, args.device)

@@ -3,8 +3,7 @@
 A masked diffusion language model is a transformer without a causal mask: it reads a canvas of
 prompt and [MASK] tokens and predicts a token at every position. `Transformer.forward` recomputes
 the positions it is told to, writes their keys and values into a `KVCache`, and lets them attend to
-every key and value in there. With all positions this is the plain model. Which positions are worth
-recomputing is not decided in this file.
+all keys and values in there. Which positions are worth recomputing is not decided in this file.
 
 LLaDA: arXiv 2502.09992, Dream: 2508.15487. Index order is always batch, position, head, channel:
     B  sequences                       H  query heads
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer, pre_tokenizers
 from torch import nn
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -39,10 +38,7 @@ IMPLEMENTED = dict(
     bias_for_layer_norm=False, attention_layer_norm=False, input_emb_norm=False, scale_logits=False,
     rope=True, rope_full_precision=True, rope_scaling=None, alibi=False, sliding_window=None,
 )  # fmt: skip
-HF_IMPLEMENTED = dict(
-    hidden_act="silu", mlp_bias=False, use_mrope=False, use_sliding_window=False,
-    rope_scaling=None, rope_type="default", sliding_window=None,
-)  # fmt: skip
+HF_IMPLEMENTED = dict(hidden_act="silu", mlp_bias=False, use_mrope=False, rope_type="default")
 
 # LLaDA's names are ours. The same in the layout of Hugging Face's Llama, which Dream follows:
 HF_KEYS = dict(
@@ -51,13 +47,12 @@ HF_KEYS = dict(
     embedding_size="vocab_size", max_sequence_length="max_position_embeddings",
     weight_tying="tie_word_embeddings",
 )  # fmt: skip
-HF_NAMES = {
-    "wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head",
-    "blocks.attn_norm": "input_layernorm", "blocks.ff_norm": "post_attention_layernorm",
-    "blocks.q_proj": "self_attn.q_proj", "blocks.k_proj": "self_attn.k_proj",
-    "blocks.v_proj": "self_attn.v_proj", "blocks.attn_out": "self_attn.o_proj",
-    "blocks.ff_proj": "mlp.gate_proj", "blocks.up_proj": "mlp.up_proj",
-    "blocks.ff_out": "mlp.down_proj",
+HF_NAMES = {  # of tensors, and what LLaDA calls them
+    "model.embed_tokens.": "model.transformer.wte.", "model.layers.": "model.transformer.blocks.",
+    "model.norm.": "model.transformer.ln_f.", "lm_head.": "model.transformer.ff_out.",
+    "input_layernorm.": "attn_norm.", "post_attention_layernorm.": "ff_norm.",
+    "self_attn.o_proj.": "attn_out.", "self_attn.": "", "mlp.gate_proj.": "ff_proj.",
+    "mlp.up_proj.": "up_proj.", "mlp.down_proj.": "ff_out.",
 }  # fmt: skip
 # How Qwen2, and so Dream, cuts a text into words.
 QWEN2_WORDS = (
@@ -74,10 +69,7 @@ def require(condition, message):
 
 @dataclass(frozen=True)
 class Config:
-    """Shape of the model; the fields are keys of a LLaDA checkpoint's config.json.
-
-    Raises ValueError for numbers that make no transformer.
-    """
+    """Shape of the model: keys of LLaDA's config.json. ValueError if they make no transformer."""
 
     d_model: int
     n_layers: int
@@ -96,22 +88,12 @@ class Config:
     model_type: str = "llada"
 
     def __post_init__(self):
-        for field in fields(self):
-            value, kind = getattr(self, field.name), field.type
-            said = f"{field.name} is {value!r}, should be {kind.__name__}"
-            require(type(value) in ((int, float) if kind is float else (kind,)), said)
-            if kind in (int, float):
-                least = 1e-30 if kind is float else 0 if field.name.endswith("_id") else 1
-                require(least <= value < 2**31, f"{said} from {least} to 2^31")
-        heads, groups, rows = self.n_heads, self.n_kv_heads, self.embedding_size
-        said = f"d_model is {self.d_model}, should be an even multiple of n_heads {heads}"
-        require(self.d_model % (2 * heads) == 0, said)
-        said = f"n_heads is {heads}, should be a multiple of n_kv_heads {groups}"
-        require(heads % groups == 0, said)
-        limits = {"vocab_size": rows, "mask_token_id": rows - 1, "eos_token_id": rows - 1}
-        for name, most in limits.items():
-            value = getattr(self, name)
-            require(value <= most, f"{name} is {value}, should be at most {most}")
+        C, H, G, rows = self.d_model, self.n_heads, self.n_kv_heads, self.embedding_size
+        require(C % (2 * H) == 0, f"d_model is {C}, should be an even multiple of n_heads {H}")
+        require(H % G == 0, f"n_heads is {H}, should be a multiple of n_kv_heads {G}")
+        for name in ("mask_token_id", "eos_token_id"):
+            id = getattr(self, name)
+            require(0 <= id < rows, f"{name} is {id}, should be from 0 to {rows - 1}")
 
     @property
     def head_dim(self):
@@ -134,18 +116,14 @@ class Config:
             value = values.get(key, implemented)
             same = value == implemented or value is False and implemented is None
             require(same, f"{path}: {key} is {value!r}, but only {implemented!r} is implemented")
-        given = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        needed = [field.name for field in fields(cls) if field.default is MISSING]
         keys = HF_KEYS if "hidden_size" in values else {}
-        missing = [keys.get(name, name) for name in needed if name not in given]
+        needed = [field.name for field in fields(cls) if field.default is MISSING]
+        missing = [keys.get(name, name) for name in needed if values.get(name) is None]
         require(not missing, f"{path}: missing keys {missing}")
         try:
-            config = cls(**given)
-        except ValueError as error:
+            return cls(**{name: values[name] for name in cls.__match_args__ if name in values})
+        except (ValueError, TypeError, ZeroDivisionError) as error:
             raise ValueError(f"{path}: {error}") from error
-        D = values.get("head_dim") or config.head_dim
-        require(D == config.head_dim, f"{path}: head_dim is {D!r}, should be {config.head_dim}")
-        return config
 
 
 class KVCache:
@@ -227,8 +205,7 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, update, padding, return_attention):
         """x (B, Q, C) -> (B, Q, C), and the attention map (B, Q, T) or None.
 
-        update(k, v) caches the keys and values of the Q positions and gives those of all T; if it
-        is None, Q is T.
+        update(k, v) caches keys and values of the Q positions and gives all T; None if Q is T.
         """
         h = self.attn_norm(x)
         projections = (self.q_proj(h), self.k_proj(h), self.v_proj(h))
@@ -257,12 +234,12 @@ class Transformer(nn.Module):
     def forward(self, tokens, positions=None, cache=None, return_attention=False, padding=None):
         """Logits of the recomputed positions, (B, Q, V); every position if `positions` is None.
 
-        tokens (B, T) and positions (B, Q) are integers; positions may repeat. All Q positions
-        attend to all T: to the values just computed where recomputed, else to the `cache`, which
-        is updated in place; but nothing attends to `padding`, (B, T) bool or None. RoPE knows only
-        distances, so padding before a sequence does not change it. With return_attention, also the
-        head-averaged attention (L, B, Q, T). If `config.shifted`, row i predicts position i + 1.
-        Raises ValueError if there are positions but no cache, or a cache of another shape.
+        tokens (B, T) and positions (B, Q) are integers; positions may repeat. All Q attend to all
+        T: to the values just computed where recomputed, else to the `cache`, updated in place; but
+        nothing attends to `padding`, (B, T) bool. RoPE knows only distances, so padding before a
+        sequence does not change it. With return_attention, also the head-averaged attention
+        (L, B, Q, T). If `config.shifted`, row i predicts position i + 1.
+        Raises ValueError for positions without a cache, or a cache of another shape.
         """
         hidden, maps = self.trunk(tokens, positions, cache, return_attention, padding)
         logits = self.head(hidden)
@@ -273,10 +250,10 @@ class Transformer(nn.Module):
         B, T = tokens.shape
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
-        elif cache is None:
-            raise ValueError("cache is None, should hold what positions leave out")
-        if cache is not None and cache.k.shape[1:3] != (B, T):
-            raise ValueError(f"cache is for {tuple(cache.k.shape[1:3])} tokens, should be {(B, T)}")
+        else:
+            require(cache is not None, "cache is None, should hold what positions leave out")
+        size = (B, T) if cache is None else tuple(cache.k.shape[1:3])
+        require(size == (B, T), f"cache is for {size} tokens, should be for {(B, T)}")
 
         x = self.wte(tokens.gather(1, positions))  # (B, T) -> (B, Q) -> (B, Q, C)
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -302,38 +279,26 @@ class Transformer(nn.Module):
         dtype None keeps the checkpoint's. Raises ValueError, naming file or tensor, if anything in
         the folder is missing, corrupt, unsupported, or does not fit its config.json.
         """
-        known = dtype is None or dtype in DTYPES
-        require(known, f"dtype is {dtype}, should be None or one of {DTYPES}")
+        require(dtype in (None, *DTYPES), f"dtype is {dtype}, should be None or of {DTYPES}")
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device is {str(device)!r}, torch refuses: {error}") from error
         folder = checkpoint_folder(path_or_repo_id)
         config = Config.from_json(folder / "config.json")
-        tensors = dict(read_tensors(folder, device, dtype))
-        hf = any(name.startswith("model.layers.") for name in tensors)
-        if hf:  # whose config.json is silent about biases
-            bias = any(name.endswith("q_proj.bias") for name in tensors)
-            config = replace(config, include_qkv_bias=bias)
+        tensors = read_tensors(folder, device, dtype)
+        bias = any(name.endswith("q_proj.bias") for name in tensors)  # Dream's config says nothing
+        config = replace(config, include_qkv_bias=bias or config.include_qkv_bias)
         if config.weight_tying:  # some files hold the head nevertheless
-            tensors.pop(checkpoint_name("ff_out.weight", hf), None)
+            tensors.pop("model.transformer.ff_out.weight", None)
         with torch.device("meta"):
             model = cls(config)
-        names = {checkpoint_name(name, hf): name for name in model.state_dict()}
-        check_tensors(tensors, {name: model.get_parameter(names[name]) for name in names}, folder)
-        ours = {names[name]: tensor for name, tensor in tensors.items()}
-        model.load_state_dict(ours, strict=True, assign=True)
+        named_as_in_file = nn.ModuleDict({"model": nn.ModuleDict({"transformer": model})})
+        try:
+            named_as_in_file.load_state_dict(tensors, strict=True, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: the tensors do not fit config.json: {error}") from error
         return model.requires_grad_(False)
-
-
-def checkpoint_name(name, hf):
-    """What a checkpoint calls our parameter: in the layout of Hugging Face's Llama, or LLaDA's."""
-    *block, module, kind = name.split(".")  # block is ["blocks", "3"], or empty
-    if not hf:
-        return "model.transformer." + name
-    if block:
-        return f"model.layers.{block[1]}.{HF_NAMES['blocks.' + module]}.{kind}"
-    return f"{HF_NAMES[module]}.{kind}"
 
 
 def config_values(path):
@@ -343,18 +308,18 @@ def config_values(path):
         values |= values["rope_parameters"]
     if "hidden_size" in values:
         values |= {ours: values[key] for ours, key in HF_KEYS.items() if key in values}
-    if values.get("use_sliding_window") is False:
+    if values.get("use_sliding_window") is False:  # some files hold one nevertheless
         values["sliding_window"] = None
     if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
         return values
     tokenizer, about = load_tokenizer(folder), folder / "tokenizer_config.json"
-    if isinstance(values.get("vocab_size"), int):  # may count embedding rows without a token
+    if "vocab_size" in values:  # which may count embedding rows without a token
         n_ids = 1 + max(tokenizer.get_vocab().values(), default=-1)
         values["vocab_size"] = min(values["vocab_size"], n_ids)
     if values.get("mask_token_id") is None and about.exists():
         token = read_json(about).get("mask_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        values["mask_token_id"] = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        token = token["content"] if isinstance(token, dict) else token
+        values["mask_token_id"] = token and tokenizer.token_to_id(token)
     return values
 
 
@@ -366,10 +331,8 @@ def checkpoint_folder(path_or_repo_id):
         patterns = ["*.json", "*.safetensors", "merges.txt"]
         return Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
     except Exception as error:  # errors of the hub, its cache and HTTP share no base class
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{str(path_or_repo_id)!r} is no local folder, and the hub does not give it: {reason}"
-        ) from error
+        said = f"{str(path_or_repo_id)!r} is no local folder, and the hub does not give it"
+        raise ValueError(f"{said}: {str(error).strip().partition(chr(10))[0]}") from error
 
 
 def read_json(path):
@@ -378,63 +341,52 @@ def read_json(path):
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no readable JSON file ({error})") from error
-    kind = type(values).__name__
-    require(isinstance(values, dict), f"{path}: should hold a JSON object, holds {kind}")
+    require(isinstance(values, dict), f"{path}: holds {type(values)}, should hold a JSON object")
     return values
 
 
 def shards(folder):
-    """(file, names of its tensors) of a checkpoint; names None means all of them."""
+    """The safetensors files of a checkpoint: one, or those that an index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
-        return [(single, None)]
+        return [single]
     require(index.exists(), f"{folder}: holds neither {single.name} nor {index.name}")
     weight_map = read_json(index).get("weight_map")
     require(isinstance(weight_map, dict), f"{index}: has no weight_map")
-    names = {}
-    for tensor, file in weight_map.items():
+    for file in weight_map.values():
         # A checkpoint is somebody else's data: it must not make us read outside its folder.
-        name = isinstance(file, str) and file not in ("", ".", "..") and not set(file) & set("/\\")
-        require(name, f"{index}: shard {file!r} should be the name of a file beside it")
-        names.setdefault(file, []).append(tensor)
-    return [(folder / file, names[file]) for file in sorted(names)]
+        beside = Path(str(file)).name == file and file not in ("", "..")
+        require(beside, f"{index}: shard {file!r} should be the name of a file beside it")
+    return [folder / file for file in sorted(set(weight_map.values()))]
 
 
 def read_tensors(folder, device, dtype):
-    """Yield (name, tensor) of a checkpoint, on `device` and in `dtype` (None: as stored)."""
-    stored = {}
-    for file, names in shards(folder):
+    """{LLaDA's name: tensor} of a checkpoint, on `device` and in `dtype` (None: as stored)."""
+    tensors = {}
+    for file in shards(folder):
         try:
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
-                for name in tensors.keys() if names is None else names:
-                    tensor = tensors.get_tensor(name)
-                    stored[tensor.dtype] = f"{name} in {file.name}"
-                    said = f"{file}: dtype {tensor.dtype} of {name} is not supported"
-                    require(tensor.dtype in DTYPES, said)
-                    yield name, tensor if dtype is None else tensor.to(dtype)
+            with safe_open(file, framework="pt", device=str(device)) as stored:
+                for name in stored.keys():
+                    tensor = stored.get_tensor(name)
+                    known = tensor.dtype in DTYPES
+                    require(known, f"{file}: dtype {tensor.dtype} of {name} is not supported")
+                    tensors[llada_name(name)] = tensor if dtype is None else tensor.to(dtype)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: missing, truncated or corrupt ({error})") from error
-    said = f"{folder}: mixes dtypes {stored}; pass the dtype to convert them to"
-    require(dtype is not None or len(stored) <= 1, said)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    require(len(dtypes) <= 1, f"{folder}: mixes {dtypes}, pass the dtype to convert all to")
+    return tensors
 
 
-def check_tensors(found, expected, folder):
-    """ValueError that lists every tensor missing, unexpected or mis-shaped."""
-    wrong = [f"missing {name}" for name in expected if name not in found]
-    wrong += [f"unexpected {name}" for name in found if name not in expected]
-    wrong += [
-        f"{name} is {tuple(found[name].shape)}, should be {tuple(expected[name].shape)}"
-        for name in expected
-        if name in found and found[name].shape != expected[name].shape
-    ]
-    require(not wrong, f"{folder}: the tensors do not fit config.json: " + "; ".join(wrong))
+def llada_name(name):
+    """What LLaDA calls a checkpoint's tensor."""
+    for theirs, ours in HF_NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 def load_tokenizer(path_or_repo_id):
-    """The tokenizer beside a checkpoint: of tokenizer.json, or else of Qwen2's three files.
-
-    Raises ValueError if there is no readable one.
-    """
+    """The tokenizer of tokenizer.json, or else of Qwen2's three files; ValueError without any."""
     folder = checkpoint_folder(path_or_repo_id)
     file, vocabulary = folder / "tokenizer.json", folder / "vocab.json"
     file = vocabulary if vocabulary.exists() and not file.exists() else file
@@ -447,12 +399,10 @@ def load_tokenizer(path_or_repo_id):
 def qwen2_tokenizer(folder):
     """Byte-level BPE of vocab.json and merges.txt, then the tokens of added_tokens.json."""
     files = (str(folder / name) for name in ("vocab.json", "merges.txt"))
-    tokenizer = Tokenizer(models.BPE.from_file(*files))
-    tokenizer.normalizer = normalizers.NFC()
+    tokenizer = ByteLevelBPETokenizer(*files, unicode_normalizer="nfc")
     words = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
-    tokenizer.decoder = decoders.ByteLevel()
     ids = read_json(folder / "added_tokens.json")
     tokenizer.add_special_tokens(sorted(ids, key=ids.get))
     wrong = [token for token in ids if tokenizer.token_to_id(token) != ids[token]]
@@ -477,20 +427,18 @@ def chatml_prompt(messages):
 
 
 def encode_prompt(tokenizer, text):
-    """A user's text as the model expects it, in the chat template if it has one.  -> (1, P) ids
+    """A user's text in the model's chat template, if it has one.  -> (1, P) ids
 
     Raises ValueError for words that the tokenizer does not know.
     """
     templates = {"<|start_header_id|>": chat_prompt, "<|im_start|>": chatml_prompt}
-    for token, template in templates.items():
-        if tokenizer.token_to_id(token) is not None:
-            text = template([{"role": "user", "content": text}])
-            break
+    fits = [chat for token, chat in templates.items() if tokenizer.token_to_id(token) is not None]
+    if fits:
+        text = fits[0]([{"role": "user", "content": text}])
     encoding = tokenizer.encode(text, add_special_tokens=False)
     pieces = zip(encoding.tokens, encoding.offsets)
     unknown = [text[start:stop].strip() for token, (start, stop) in pieces if token == "<unk>"]
-    words = ", ".join(map(repr, unknown))
-    require(not unknown, f"prompt: this model has no token for {words}")
+    require(not unknown, f"prompt: this model has no token for {unknown}")
     require(encoding.ids, f"prompt is {text!r}, should hold at least one token")
     return torch.tensor([encoding.ids])
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from d2cache import D2Cache, RecomputeAll, State, best, generate, in_block, unmask
+from d2cache import D2Cache, RecomputeAll, State, best, generate, unmask
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -291,9 +291,6 @@ def test_a_policy_that_breaks_its_contract_is_named(breach):
 BAD_ARGUMENTS = [
     (dict(gen_length=0), "gen_length is 0"),
     (dict(gen_length=-4), "gen_length is -4"),
-    (dict(gen_length=2.5), "gen_length is 2.5, should be an integer"),
-    (dict(block_length=2.0), "block_length is 2.0, should be an integer"),
-    (dict(tokens_per_step=1.5), "tokens_per_step is 1.5, should be an integer"),
     (dict(tokens_per_step=0), "tokens_per_step is 0"),
     (dict(block_length=3), "block_length is 3, should divide gen_length 4"),
     (dict(block_length=0), "block_length is 0"),
@@ -307,7 +304,7 @@ BAD_ARGUMENTS = [
     (dict(temperature=-1.0), "temperature is -1.0"),
     (dict(temperature=float("nan")), "temperature is nan"),
     (dict(temperature=float("inf")), "temperature is inf"),
-    (dict(temperature=0.5), "generator is on None at temperature 0.5, should be.*Generator on cpu"),
+    (dict(temperature=0.5), "generator is None at temperature 0.5, should be a torch.Generator"),
     (dict(prompt_mask=torch.ones(1, 3)), r"prompt_mask is \(1, 3\), should be \(1, 2\)"),
     (dict(prompt_mask=torch.ones(2)), r"prompt_mask is \(2,\)"),
     (dict(prompt_mask=torch.tensor([[1, 0]])), r"rows \[0\] should be zeros \(padding\), then"),
@@ -318,7 +315,10 @@ BAD_ARGUMENTS = [
     (dict(prompt=torch.zeros(0, 3, dtype=torch.long)), r"\(0, 3\)"),
     (dict(prompt=torch.tensor([[1, 12]])), r"ids \[12\], should be 0 to 11"),
     (dict(prompt=torch.tensor([[-1, 2]])), r"ids \[-1\]"),
-    (dict(prompt=torch.ones(1, 61, dtype=torch.long)), "4 after a prompt of 61,.*64"),
+    (
+        dict(prompt=torch.ones(1, 61, dtype=torch.long)),
+        "gen_length is 4 after a prompt of 61, should be from 1 to 3",
+    ),
 ]
 
 
@@ -378,7 +378,7 @@ class Uneven(D2Cache):
 
     def choose(self, state):
         odd = state.tokens[:, :1] % 2 == 1
-        one = best(state.confidence, ~state.known & in_block(state), 1)
+        one = best(state.confidence, ~state.known & state.in_block, 1)
         return torch.where(odd & ~state.known, one, super().choose(state))
 
 

@@ -155,7 +155,8 @@ def test_pack_lists_the_chosen_the_masked_first_and_repeats_only_to_fill(chosen,
     chosen[:, data.draw(st.integers(0, chosen.shape[1] - 1))] = True
     masked = chosen & torch.tensor(data.draw(bool_rows(*chosen.shape)))
     Q = int(chosen.sum(dim=1).max())
-    positions, valid = pack(chosen, masked, Q)
+    positions, valid, R = pack(chosen, masked)
+    assert R == masked.sum(dim=1).max()
     for b in range(len(chosen)):
         first = [i for i in range(chosen.shape[1]) if masked[b, i]]
         then = [i for i in range(chosen.shape[1]) if chosen[b, i] and not masked[b, i]]
