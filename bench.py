@@ -20,15 +20,8 @@ from pathlib import Path
 
 from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, attention_rollout, best, certainty_prior
 from d2cache import choose, generate, pack, predict, recompute, settings
-from model import (
-    Config,
-    KVCache,
-    Transformer,
-    decode_response,
-    encode_prompt,
-    load_tokenizer,
-    require,
-)
+from model import Config, KVCache, Transformer, decode_response, encode_prompt
+from model import load_tokenizer, require
 
 import torch  # after model, which keeps its import quiet
 import torch.nn.functional as F
@@ -130,22 +123,20 @@ def quality_rows(gen_length):
     ours = settings(gen_length)
     d2cache, blocks = ours["d2cache"], {"block_length": ours["dual"]["block_length"]}
     k, p, sigma = d2cache["policy"].k, d2cache["policy"].p, d2cache["sigma"]
-    parallel = []
-    for threshold in (0.9, 0.6):
-        for name, arguments in (("vanilla", {"sigma": sigma}), ("d2Cache", d2cache)):
-            parallel.append(
-                (f"{name}, threshold {threshold}", arguments | {"threshold": threshold})
-            )
+    prior = {"sigma": sigma}
     return [
         ("vanilla, by confidence", {}),
         ("vanilla, in blocks", blocks),
-        ("vanilla, by certainty prior", {"sigma": sigma}),
+        ("vanilla, by certainty prior", prior),
         ("prefix cache, in blocks", ours["prefix"]),
         ("dual cache, in blocks", ours["dual"]),
         ("d2Cache", d2cache),
-        ("  with stage 1 at random", {"policy": RandomStage1(k, p, sigma), "sigma": sigma}),
-        ("  with stage 2 at random", {"policy": RandomStage2(k, p, sigma), "sigma": sigma}),
-        *parallel,
+        ("  with stage 1 at random", prior | {"policy": RandomStage1(k, p, sigma)}),
+        ("  with stage 2 at random", prior | {"policy": RandomStage2(k, p, sigma)}),
+        ("vanilla, threshold 0.9", prior | {"threshold": 0.9}),
+        ("d2Cache, threshold 0.9", d2cache | {"threshold": 0.9}),
+        ("vanilla, threshold 0.6", prior | {"threshold": 0.6}),
+        ("d2Cache, threshold 0.6", d2cache | {"threshold": 0.6}),
     ]
 
 

@@ -93,10 +93,7 @@ def nucleus(score, p, among):
 
 
 def best(score, among, n):
-    """The n positions of highest score `among` some, or all of those; of equals the first.
-
-    score (B, T), among (B, T) bool, n an integer or (B, 1), one a sequence.  -> (B, T) bool
-    """
+    """The n positions `among` some of highest score, of equals the first.  -> (B, T) bool"""
     order = score.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return (order.argsort(dim=1) < n) & among
 
@@ -202,10 +199,9 @@ def blank_canvas(model, prompt, gen_length, prompt_mask=None):
     require(1 <= gen_length <= most, said)
     mask = torch.ones_like(prompt) if prompt_mask is None else prompt_mask.to(weight.device)
     real, given = mask.bool(), tuple(mask.shape)
-    require(given == shape, f"prompt_mask is {given}, should be {shape}, as the prompt")
-    wrong = (real[:, :-1] & ~real[:, 1:]).any(dim=1) | ~real[:, -1:].all(dim=1)
-    said = f"prompt_mask rows {wrong.nonzero()[:, 0].tolist()} should be zeros (padding), then"
-    require(not wrong.any(), f"{said} at least one 1")
+    rises = given == shape and (real[:, 1:] >= real[:, :-1]).all() and real[:, -1:].all()
+    said = f"prompt_mask {given} should be {shape}, in each row zeros (padding), then"
+    require(rises, f"{said} at least one 1")
 
     tokens = F.pad(prompt, (0, gen_length), value=mask_id)
     known, padding = (F.pad(x, (0, gen_length), value=False) for x in (real, ~real))
@@ -367,10 +363,8 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
 
 
 def settings(gen_length):
-    """Arguments of `generate` by policy name: the paper's k and sigma, and Fast-dLLM's blocks.
-
-    For less than 256 tokens smaller ones: a window much wider than k would spread stage 1 too thin.
-    """
+    """Arguments of `generate` by policy name: the paper's k and sigma, and Fast-dLLM's blocks."""
+    # Smaller for less than 256 tokens: a window much wider than k would spread stage 1 too thin.
     k, sigma = min(32, max(1, gen_length // 8)), min(10.0, 10 * gen_length / 256)
     most = 32 if gen_length >= 128 else 16
     block_length = max(n for n in range(1, most + 1) if gen_length % n == 0)

@@ -29,7 +29,7 @@ from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer, pre_tokenizers
 from torch import nn
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MAP_ROWS = 256  # rows of the attention map computed at once: bounds memory
+MAP_ROWS = 256  # of the attention map at once: all would take H * Q * T numbers
 
 # Keys of config.json that change what the model computes, and the one value implemented here.
 IMPLEMENTED = dict(
@@ -106,10 +106,10 @@ class Config:
 
     @classmethod
     def from_json(cls, path):
-        """Config of the config.json at `path`, in LLaDA's layout or that of Hugging Face's Llama.
+        """Config of a config.json, in LLaDA's layout or that of Hugging Face's Llama.
 
-        Raises ValueError if the file is missing or no JSON object, lacks a field, or asks for
-        something that this file does not implement. Keys that do not change inference are ignored.
+        Raises ValueError if the file is missing or no JSON object, lacks a field, or asks for what
+        is not implemented here. Keys that do not change inference are ignored.
         """
         values = config_values(Path(path))
         for key, implemented in (IMPLEMENTED | HF_IMPLEMENTED).items():
@@ -166,10 +166,7 @@ def attend(q, k, v, padding=None):
 
 
 def attention_map(q, k, padding=None):
-    """The weights of `attend`, averaged over heads.  (B, Q, H, D), (B, T, G, D) -> (B, Q, T)
-
-    In slices of MAP_ROWS rows: all heads at once would be H * Q * T numbers.
-    """
+    """The weights of `attend`, averaged over heads.  (B, Q, H, D), (B, T, G, D) -> (B, Q, T)"""
     (G, D), share = k.shape[2:], q.shape[2] // k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
     keys = k.transpose(1, 2).contiguous().transpose(2, 3)  # (B, T, G, D) -> (B, G, D, T)
@@ -203,15 +200,12 @@ class Block(nn.Module):
         self.ff_out = nn.Linear(hidden, C, bias=False)
 
     def forward(self, x, cos, sin, update, padding, return_attention):
-        """x (B, Q, C) -> (B, Q, C), and the attention map (B, Q, T) or None.
-
-        update(k, v) caches keys and values of the Q positions and gives all T; None if Q is T.
-        """
+        """x (B, Q, C) -> (B, Q, C), and the attention map (B, Q, T) or None."""
         h = self.attn_norm(x)
         projections = (self.q_proj(h), self.k_proj(h), self.v_proj(h))
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projections)  # -> (B, Q, H, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if update is not None:
+        if update is not None:  # there is a cache
             k, v = update(k, v)  # (B, Q, G, D) -> (B, T, G, D)
         x = x + self.attn_out(attend(q, k, v, padding).flatten(2))
         h = self.ff_norm(x)
@@ -427,10 +421,7 @@ def chatml_prompt(messages):
 
 
 def encode_prompt(tokenizer, text):
-    """A user's text in the model's chat template, if it has one.  -> (1, P) ids
-
-    Raises ValueError for words that the tokenizer does not know.
-    """
+    """A user's text, in a chat template if the model has one, as ids (1, P).  Or ValueError."""
     templates = {"<|start_header_id|>": chat_prompt, "<|im_start|>": chatml_prompt}
     fits = [chat for token, chat in templates.items() if tokenizer.token_to_id(token) is not None]
     if fits:
