@@ -93,7 +93,7 @@ def nucleus(score, p, among):
 
 
 def best(score, among, n):
-    """The n positions `among` some of highest score, of equals the first.  -> (B, T) bool"""
+    """The n (a number, or (B, 1)) positions `among` some of highest score, of equals the first."""
     order = score.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return (order.argsort(dim=1) < n) & among
 

@@ -421,7 +421,7 @@ def chatml_prompt(messages):
 
 
 def encode_prompt(tokenizer, text):
-    """A user's text, in a chat template if the model has one, as ids (1, P).  Or ValueError."""
+    """A user's text, in the chat template if there is one.  -> (1, P) ids, or ValueError"""
     templates = {"<|start_header_id|>": chat_prompt, "<|im_start|>": chatml_prompt}
     fits = [chat for token, chat in templates.items() if tokenizer.token_to_id(token) is not None]
     if fits:
