@@ -18,8 +18,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, attention_rollout, best, certainty_prior
-from d2cache import choose, generate, pack, predict, recompute, settings
+from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, ask, attention_rollout, best
+from d2cache import certainty_prior, generate, pack, predict, recompute, settings
 from model import Config, KVCache, Transformer, decode_response, encode_prompt
 from model import load_tokenizer, require
 
@@ -315,8 +315,8 @@ def measure_parts(model, gen_length, steps):
     between launches, and its part of the first step, which recomputes everything.
     """
     policy, (state, _) = settings(gen_length)["d2cache"]["policy"], steps[len(steps) // 2]
-    chosen, masked = choose(policy, state, model.config.shifted)
-    graphs, (positions, valid, R) = CudaGraphs(model), pack(chosen, masked)
+    chosen, predicted = ask(policy, state, model.config.shifted)
+    graphs, (positions, valid, R) = CudaGraphs(model), pack(chosen, predicted)
     if chosen.is_cuda:
         positions, valid, R = graphs.round_up(positions, valid, R, chosen.shape[1])
     cache = graphs.cache(*chosen.shape)
@@ -325,7 +325,7 @@ def measure_parts(model, gen_length, steps):
     def select():
         attention_rollout(maps, positions, valid)
         certainty_prior(state.confidence, state.known, policy.sigma)  # once more, for the commit
-        pack(*choose(policy, state, model.config.shifted))
+        pack(*ask(policy, state, model.config.shifted))
 
     parts = {
         "forward": lambda: model.trunk(state.tokens, positions, cache),

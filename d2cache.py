@@ -12,7 +12,6 @@ B sequences, T positions, P of them prompt, Q recomputed, R of these masked, L l
 """
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -30,7 +29,7 @@ EXAMPLE = (
     "sells 9 stickers at the market. On Friday Anna gets 8 more stickers at the school. "
     "How many stickers does Anna have now?"
 )
-COLOURS = {  # of what a step does at a position, in a picture and in a terminal; the last counts
+COLOURS = {  # of what a step does at a position, in a picture and a terminal; if several, the last
     "known": ("#3d7ea6", "97;44"),
     "just decoded": ("#d1495b", "97;41"),
     "masked": ("#f2b134", "30;43"),
@@ -42,15 +41,15 @@ def certainty_density(known, sigma, dtype=torch.float32):
     """Share of known positions around each one, in a Gaussian window of sigma positions.  Eq. 3.
 
     D(i) = sum over known j of exp(-(i - j)^2 / (2 sigma^2)), divided by the mass of the window.
-    The authors' code sees the response alone; the paper all.  (B, T) bool -> (B, T) in [0, 1]
+    Over the whole canvas, as in the paper; the authors' code sees the response alone.
+    (B, T) bool -> (B, T) in [0, 1]
     """
     require(sigma > 0, f"sigma is {sigma}, should be above 0")
     T = known.shape[1]
     distance = torch.arange(1 - T, T, device=known.device, dtype=dtype)
     window = torch.exp(-((distance / sigma) ** 2) / 2)
-    # Row r is the window around position T - 1 - r, hence the flip.
-    shifted = window.unfold(0, T, 1)  # (2T - 1) -> (T, T)
-    return (known.flip(1).to(dtype) @ shifted / window.sum()).clamp(max=1)
+    around = window.unfold(0, T, 1).flip(0)  # (2T - 1) -> (T, T), row j around position j
+    return (known.to(dtype) @ around / window.sum()).clamp(max=1)
 
 
 def certainty_prior(confidence, known, sigma):
@@ -62,8 +61,8 @@ def attention_rollout(maps, positions, valid):
     """Influence of each position on the last layer's output: column sums of W_L ... W_1.  Eq. 6-9.
 
     W_l = rownormalise(A_l + I), where A_l holds the attention of the recomputed rows and every
-    other row of W_l is one-hot. Only column sums are wanted, so a row vector goes down the layers
-    instead of T x T products: a recomputed row keeps half of what it has, its attention takes half.
+    other row of W_l is one-hot. Only column sums are wanted, so no T x T product: v <- v W_l from
+    the last layer down, v = 1. A recomputed row keeps half of its v; half goes where it attends.
     maps (L, B, Q, T), positions (B, Q); not valid (B, Q) are repeats.  -> (B, T), rows sum to T
     """
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
@@ -93,9 +92,10 @@ def nucleus(score, p, among):
 
 
 def best(score, among, n):
-    """The n (a number, or (B, 1)) positions `among` some of highest score, of equals the first."""
+    """Of positions `among` the n (a number, or (B, 1)) of highest score; of equals the first."""
     order = score.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return (order.argsort(dim=1) < n) & among
+    first = torch.arange(order.shape[1], device=order.device) < n
+    return torch.zeros_like(among).scatter(1, order, first.expand_as(order)) & among
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class State:
     confidence: torch.Tensor  # of masked positions, when they were last predicted. Eq. 1
     influence: torch.Tensor  # attention rollout of the last step, if the policy uses it
     block: slice  # the positions being decoded
-    step: int  # steps done by the batch: goes on while a sequence waits for others
+    step: int  # that the batch has done, also those in which a sequence waited for others
     padding: torch.Tensor | None = None  # before short prompts: neither known nor masked
 
     @property
@@ -197,11 +197,10 @@ def blank_canvas(model, prompt, gen_length, prompt_mask=None):
     most = config.max_sequence_length - shape[1]
     said = f"gen_length is {gen_length} after a prompt of {shape[1]}, should be from 1 to {most}"
     require(1 <= gen_length <= most, said)
-    mask = torch.ones_like(prompt) if prompt_mask is None else prompt_mask.to(weight.device)
-    real, given = mask.bool(), tuple(mask.shape)
-    rises = given == shape and (real[:, 1:] >= real[:, :-1]).all() and real[:, -1:].all()
-    said = f"prompt_mask {given} should be {shape}, in each row zeros (padding), then"
-    require(rises, f"{said} at least one 1")
+    real = (torch.ones_like(prompt) if prompt_mask is None else prompt_mask.to(prompt)).bool()
+    padded_left = real.shape == prompt.shape and (real[:, 1:] >= real[:, :-1]).all()
+    said = f"prompt_mask {tuple(real.shape)} should be {shape}, in each row zeros (padding), then"
+    require(padded_left and real[:, -1:].all(), f"{said} at least one 1")
 
     tokens = F.pad(prompt, (0, gen_length), value=mask_id)
     known, padding = (F.pad(x, (0, gen_length), value=False) for x in (real, ~real))
@@ -210,8 +209,8 @@ def blank_canvas(model, prompt, gen_length, prompt_mask=None):
     return State(tokens, known, fresh, zeros, ones, nowhere, 0, padding if padding.any() else None)
 
 
-def choose(policy, state, shifted):
-    """The positions recomputed in this step, and those of them to be predicted.  2 x (B, T)
+def ask(policy, state, shifted):
+    """The positions recomputed in this step, and the masked ones among them.  2 x (B, T)
 
     All in the first step, then as the policy says; but no padding, and nothing in a sequence whose
     block is done, which waits for others. `shifted` logits: the row before a masked position too.
@@ -222,20 +221,20 @@ def choose(policy, state, shifted):
     require(matches, f"{said}, should be {tuple(state.known.shape)} torch.bool")
     unfinished = state.masked[:, state.block].any(dim=1, keepdim=True)
     chosen = chosen & unfinished & (state.known | state.masked)
-    masked = chosen & state.masked
-    return chosen | F.pad(masked[:, 1:], (0, 1)) if shifted else chosen, masked
+    predicted = chosen & state.masked
+    return chosen | F.pad(predicted[:, 1:], (0, 1)) if shifted else chosen, predicted
 
 
-def pack(chosen, masked):
-    """Chosen positions in rows of equal length, the masked ones, at most R, first.
+def pack(chosen, predicted):
+    """Chosen positions in rows of equal length, the predicted ones, at most R, first.
 
     A row of fewer than Q repeats its first position, and is not valid there: recomputing a position
     twice gives the same keys and values. A sequence that waits has no first: it repeats position 0.
     2 x (B, T) -> positions (B, Q), valid (B, Q), R
     """
-    sizes = chosen.sum(dim=1).max(), masked.sum(dim=1).max()
+    sizes = chosen.sum(dim=1).max(), predicted.sum(dim=1).max()
     Q, R = torch.stack(sizes).tolist()  # the one transfer to the host in a step
-    order = (chosen.int() + masked.int()).argsort(dim=1, descending=True, stable=True)[:, :Q]
+    order = (chosen.int() + predicted.int()).argsort(dim=1, descending=True, stable=True)[:, :Q]
     valid = chosen.gather(1, order)
     return torch.where(valid, order, order[:, :1]), valid, R
 
@@ -243,13 +242,13 @@ def pack(chosen, masked):
 def recompute(model, cache, R, uses_attention, tokens, positions, valid, padding=None):
     """One forward pass over positions (B, Q): logits (B, R, V) and influence (B, T).
 
-    Only what predicts the first R, the masked ones, passes the head. No maps: equal influence.
+    Only rows that predict the first R positions pass the head. Without maps all influence is 1.
     """
     waits = ~valid.any(dim=1)[:, None, None]
-    stored = [(tensor, tensor[:, :, 0].clone()) for tensor in (cache.k, cache.v)]
+    saved = [(tensor, tensor[:, :, 0].clone()) for tensor in (cache.k, cache.v)]
     hidden, maps = model.trunk(tokens, positions, cache, uses_attention, padding)
-    for tensor, before in stored:  # a sequence that waits keeps its cache
-        tensor[:, :, 0] = before.where(waits, tensor[:, :, 0])
+    for tensor, column in saved:  # a sequence that waits keeps its cache: pack gave it position 0
+        tensor[:, :, 0] = column.where(waits, tensor[:, :, 0])
     predicting = hidden[:, :R]
     if model.config.shifted:  # then they are the rows before, and position 0 has its own
         before = (positions[:, :R, None] - 1).clamp(min=0)
@@ -264,7 +263,7 @@ def predict(logits, config, temperature=0.0, generator=None):
     The likeliest one, or one drawn from softmax(logits / temperature) by Gumbel noise, in float64
     as in LLaDA. [MASK] and ids without a token are never it, but keep their share of probability.
     """
-    require(0 <= temperature < math.inf, f"temperature is {temperature}, should be at least 0")
+    require(0 <= temperature < torch.inf, f"temperature is {temperature}, should be at least 0")
     drawn = f"generator is {generator} at temperature {temperature}"
     require(temperature == 0 or generator, f"{drawn}, should be a torch.Generator")
     ids = torch.arange(logits.shape[-1], device=logits.device)
@@ -277,23 +276,23 @@ def predict(logits, config, temperature=0.0, generator=None):
     return torch.softmax(logits, dim=-1, dtype=wide).gather(-1, token)[..., 0], token[..., 0]
 
 
-def unmask(state, masked, confidence, sigma, tokens_per_step, threshold):
-    """Of the recomputed `masked` positions in the block those to be committed.  -> (B, T) bool
+def unmask(state, predicted, confidence, sigma, tokens_per_step, threshold):
+    """Which of the positions predicted in this step, and in the block, to commit.  -> (B, T) bool
 
     The best by confidence, or by certainty prior if sigma is given; and, as in Fast-dLLM, all whose
     confidence exceeds the threshold, if there is one.
     """
     require(tokens_per_step >= 1, f"tokens_per_step is {tokens_per_step}, should be at least 1")
-    share = threshold is None or 0 <= threshold <= 1
-    require(share, f"threshold is {threshold}, should be from 0 to 1, or None")
+    in_range = threshold is None or 0 <= threshold <= 1
+    require(in_range, f"threshold is {threshold}, should be from 0 to 1, or None")
     score = confidence if sigma is None else certainty_prior(confidence, state.known, sigma)
-    candidates = masked & state.in_block
+    candidates = predicted & state.in_block
     commit = best(score, candidates, tokens_per_step)
     return commit if threshold is None else commit | candidates & (confidence > threshold)
 
 
 def end_at_eos(state, eos, prompt_length):
-    """The state, with EOS after a response's first EOS, once nothing before that is masked."""
+    """The state, in which all after a response's first EOS is EOS, once none before is masked."""
     settled = state.masked.cumsum(dim=1) == 0
     settled[:, :prompt_length] = False
     ended = (settled & (state.tokens == eos)).cumsum(dim=1) > 0  # from the first one on
@@ -308,9 +307,9 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
     """Decode gen_length tokens after each prompt.  (B, P) integers -> (B, P + gen_length)
 
     Blocks of block_length positions are decoded from left to right (None: one block). Each step
-    recomputes what `policy` chooses and commits the tokens_per_step best of the block's masked
-    positions among them, by confidence, or by certainty prior if sigma is given; with a threshold
-    also all others of them whose confidence exceeds it.
+    recomputes what `policy` chooses; of the block's masked positions among these it commits the
+    tokens_per_step best, by confidence, or by certainty prior if sigma is given; with a threshold
+    also every one whose confidence exceeds it.
     Short prompts are padded on the left, where prompt_mask (B, P) is 0: a sequence decodes alone as
     in company. stop_at_eos makes all that follows a response's first EOS token EOS once everything
     before it is decoded. A temperature above 0 draws tokens with `generator`, one for the batch.
@@ -323,7 +322,7 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
     divides = block_length >= 1 and gen_length % block_length == 0
     require(divides, f"block_length is {block_length}, should divide gen_length {gen_length}")
     (B, T), P, config = state.tokens.shape, prompt.shape[1], model.config
-    weight, run = model.wte.weight, graphs.recompute if graphs else recompute
+    weight, forward = model.wte.weight, graphs.recompute if graphs else recompute
     cache = graphs.cache(B, T) if graphs else KVCache(config, B, T, weight.device, weight.dtype)
 
     for start in range(P, T, block_length):
@@ -332,21 +331,21 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
             unsure = threshold is not None or stop_at_eos or n * tokens_per_step >= block_length
             if unsure and not state.masked[:, state.block].any():  # costs another transfer
                 break
-            chosen, masked = choose(policy, state, config.shifted)
-            positions, valid, R = pack(chosen, masked)
+            chosen, predicted = ask(policy, state, config.shifted)
+            positions, valid, R = pack(chosen, predicted)
             if R == 0:
                 break
             inputs = state.tokens, positions, valid, state.padding
-            logits, influence = run(model, cache, R, policy.uses_attention, *inputs)
+            logits, influence = forward(model, cache, R, policy.uses_attention, *inputs)
             confidence, token = predict(logits, config, temperature, generator)
-            row = (masked.cumsum(dim=1) - 1).clamp(min=0)  # pack puts the masked ones first
-            confidence = confidence.gather(1, row).where(masked, state.confidence)
-            commit = unmask(state, masked, confidence, sigma, tokens_per_step, threshold)
+            rank = (predicted.cumsum(dim=1) - 1).clamp(min=0)  # pack puts the predicted ones first
+            confidence = confidence.gather(1, rank).where(predicted, state.confidence)
+            commit = unmask(state, predicted, confidence, sigma, tokens_per_step, threshold)
 
             waits = ~chosen.any(dim=1, keepdim=True)  # for other sequences, and keeps its state
             state = replace(
                 state,
-                tokens=token.gather(1, row).where(commit, state.tokens),
+                tokens=token.gather(1, rank).where(commit, state.tokens),
                 known=state.known | commit,
                 fresh=state.fresh.where(waits, commit),
                 confidence=confidence,
@@ -377,7 +376,8 @@ def settings(gen_length):
 
 
 def marks(steps):
-    """{position: key of COLOURS} of the last of a sequence's steps."""
+    """{position: key of COLOURS}: what the last of these steps of one sequence did there."""
+    # Before the first step is itself: what is fresh then is decoded in this step, which counts.
     (before, _), (state, chosen) = (steps[:1] + steps)[-2:]
     where = (chosen, chosen & before.fresh, chosen & state.masked, state.fresh)
     cells = zip(COLOURS, (positions[0].nonzero()[:, 0].tolist() for positions in where))
@@ -405,10 +405,10 @@ def draw_map(steps, policy):
 
 def draw_screen(steps, tokenizer):
     """The canvas of one sequence as text, in a terminal's colours."""
-    state, screen, done = steps[-1][0], "", marks(steps)
+    state, screen, mark_at = steps[-1][0], "", marks(steps)
     for i, (id, known) in enumerate(zip(state.tokens[0].tolist(), state.known[0].tolist())):
         text = tokenizer.decode([id], skip_special_tokens=False) if known else " _"
-        screen += f"\033[{COLOURS[done[i]][1] if i in done else 0}m{text}\033[0m"
+        screen += f"\033[{COLOURS[mark_at[i]][1] if i in mark_at else 0}m{text}\033[0m"
     return screen.replace("\n", "\033[K\n")  # nothing is left of a longer line
 
 
@@ -429,7 +429,8 @@ def main():
         steps.append((state, chosen))
         if watched:
             print(f"\033[H{draw_screen(steps, tokenizer)}\033[J", flush=True)
-            time.sleep(0.05 * (args.model == EMBEDDED_MODEL))  # which is faster than the eye
+            if args.model == EMBEDDED_MODEL:  # which is faster than the eye
+                time.sleep(0.05)
 
     try:
         require(args.gen_length >= 1, f"--gen-length is {args.gen_length}, should be at least 1")
@@ -438,11 +439,11 @@ def main():
         model = Transformer.from_pretrained(args.model, args.device)
         arguments = settings(args.gen_length)[args.policy]
         tokens = generate(model, prompt, args.gen_length, on_step=observe, **arguments)
+        print(decode_response(tokenizer, tokens[0, prompt.shape[1] :], model.config.eos_token_id))
         if args.map:
             Path(args.map).write_text(draw_map(steps, arguments["policy"]), encoding="utf-8")
     except (OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
-    print(decode_response(tokenizer, tokens[0, prompt.shape[1] :], model.config.eos_token_id))
     share = sum(chosen.float().mean().item() for _, chosen in steps) / len(steps)
     print(f"{len(steps)} forwards, {share:.1%} of positions recomputed", file=sys.stderr)
 

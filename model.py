@@ -69,7 +69,7 @@ def require(condition, message):
 
 @dataclass(frozen=True)
 class Config:
-    """Shape of the model: keys of LLaDA's config.json. ValueError if they make no transformer."""
+    """Shape of the model: keys of LLaDA's config.json. ValueError for heads or ids out of range."""
 
     d_model: int
     n_layers: int
@@ -117,11 +117,11 @@ class Config:
             same = value == implemented or value is False and implemented is None
             require(same, f"{path}: {key} is {value!r}, but only {implemented!r} is implemented")
         keys = HF_KEYS if "hidden_size" in values else {}
-        needed = [field.name for field in fields(cls) if field.default is MISSING]
+        needed = [f.name for f in fields(cls) if f.default is MISSING]
         missing = [keys.get(name, name) for name in needed if values.get(name) is None]
         require(not missing, f"{path}: missing keys {missing}")
         try:
-            return cls(**{name: values[name] for name in cls.__match_args__ if name in values})
+            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
         except (ValueError, TypeError, ZeroDivisionError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -131,8 +131,7 @@ class KVCache:
 
     def __init__(self, config, batch_size, seq_len, device, dtype):
         shape = (config.n_layers, batch_size, seq_len, config.n_kv_heads, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k, self.v = torch.zeros(2, *shape, device=device, dtype=dtype)
 
     def update(self, layer, positions, k, v):
         """Write k, v (B, Q, G, D) at positions (B, Q).  -> all of the layer, 2 x (B, T, G, D)"""
@@ -167,16 +166,16 @@ def attend(q, k, v, padding=None):
 
 def attention_map(q, k, padding=None):
     """The weights of `attend`, averaged over heads.  (B, Q, H, D), (B, T, G, D) -> (B, Q, T)"""
-    (G, D), share = k.shape[2:], q.shape[2] // k.shape[2]
+    (G, D), sharing = k.shape[2:], q.shape[2] // k.shape[2]  # heads of a group
     wide = torch.promote_types(q.dtype, torch.float32)
     keys = k.transpose(1, 2).contiguous().transpose(2, 3)  # (B, T, G, D) -> (B, G, D, T)
     slices = []
     for rows in q.split(MAP_ROWS, dim=1):
-        rows = rows.unflatten(2, (G, share)).permute(0, 2, 3, 1, 4)  # -> (B, G, H / G, rows, D)
-        scores = rows.flatten(2, 3) * D**-0.5 @ keys  # one product for all heads of a group
+        rows = rows.unflatten(2, (G, sharing)).permute(0, 2, 3, 1, 4)  # -> (B, G, H / G, rows, D)
+        scores = rows.flatten(2, 3) * D**-0.5 @ keys  # one product for a whole group
         if padding is not None:
             scores = scores.masked_fill(padding[:, None, None], -torch.inf)
-        weights = torch.softmax(scores, dim=-1, dtype=wide).unflatten(2, (share, -1))
+        weights = torch.softmax(scores, dim=-1, dtype=wide).unflatten(2, (sharing, -1))
         slices.append(weights.mean(dim=(1, 2)))  # (B, G, H / G, rows, T) -> (B, rows, T)
     return torch.cat(slices, dim=1)
 
@@ -296,7 +295,7 @@ class Transformer(nn.Module):
 
 
 def config_values(path):
-    """The config.json at `path` under our keys, and what the files beside it say of the tokens."""
+    """The config.json at `path` under our keys; ids of tokens as the tokenizer beside has them."""
     folder, values = path.parent, read_json(path)
     if isinstance(values.get("rope_parameters"), dict):  # where newer files keep rope_theta
         values |= values["rope_parameters"]
@@ -307,13 +306,13 @@ def config_values(path):
     if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
         return values
     tokenizer, about = load_tokenizer(folder), folder / "tokenizer_config.json"
-    if "vocab_size" in values:  # which may count embedding rows without a token
+    if isinstance(values.get("vocab_size"), int):  # which may count embedding rows without a token
         n_ids = 1 + max(tokenizer.get_vocab().values(), default=-1)
         values["vocab_size"] = min(values["vocab_size"], n_ids)
     if values.get("mask_token_id") is None and about.exists():
         token = read_json(about).get("mask_token")
-        token = token["content"] if isinstance(token, dict) else token
-        values["mask_token_id"] = token and tokenizer.token_to_id(token)
+        token = token.get("content") if isinstance(token, dict) else token
+        values["mask_token_id"] = tokenizer.token_to_id(token) if isinstance(token, str) else None
     return values
 
 
@@ -362,8 +361,8 @@ def read_tensors(folder, device, dtype):
             with safe_open(file, framework="pt", device=str(device)) as stored:
                 for name in stored.keys():
                     tensor = stored.get_tensor(name)
-                    known = tensor.dtype in DTYPES
-                    require(known, f"{file}: dtype {tensor.dtype} of {name} is not supported")
+                    supported = tensor.dtype in DTYPES
+                    require(supported, f"{file}: dtype {tensor.dtype} of {name} is not supported")
                     tensors[llada_name(name)] = tensor if dtype is None else tensor.to(dtype)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: missing, truncated or corrupt ({error})") from error
@@ -381,11 +380,9 @@ def llada_name(name):
 
 def load_tokenizer(path_or_repo_id):
     """The tokenizer of tokenizer.json, or else of Qwen2's three files; ValueError without any."""
-    folder = checkpoint_folder(path_or_repo_id)
-    file, vocabulary = folder / "tokenizer.json", folder / "vocab.json"
-    file = vocabulary if vocabulary.exists() and not file.exists() else file
+    file = checkpoint_folder(path_or_repo_id) / "tokenizer.json"
     try:
-        return qwen2_tokenizer(folder) if file == vocabulary else Tokenizer.from_file(str(file))
+        return Tokenizer.from_file(str(file)) if file.exists() else qwen2_tokenizer(file.parent)
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise ValueError(f"{file}: no readable tokenizer ({error})") from error
 
@@ -406,10 +403,9 @@ def qwen2_tokenizer(folder):
 
 def chat_prompt(messages):
     """LLaDA-Instruct's template for a list of {"role": ..., "content": ...}, up to the answer."""
-    turns = [(message["role"], message["content"].strip() + "<|eot_id|>") for message in messages]
-    turns.append(("assistant", ""))
-    header = "<|start_header_id|>{}<|end_header_id|>\n\n{}"
-    return "<|startoftext|>" + "".join(header.format(*turn) for turn in turns)
+    header = "<|start_header_id|>{role}<|end_header_id|>\n\n"
+    turns = [header.format(**turn) + turn["content"].strip() + "<|eot_id|>" for turn in messages]
+    return "<|startoftext|>" + "".join(turns) + header.format(role="assistant")
 
 
 def chatml_prompt(messages):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from d2cache import D2Cache, RecomputeAll, State, best, generate, unmask
+from d2cache import D2Cache, DualCache, RecomputeAll, State, best, generate, unmask
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -266,6 +266,27 @@ class Lazy:
         self.choose = choose
 
 
+class Asked(DualCache):
+    """Takes down every state it is asked about."""
+
+    def __init__(self):
+        self.states = []
+
+    def choose(self, state):
+        self.states.append(state)
+        return super().choose(state)
+
+
+@given(model_specs(), st.data(), st.booleans())
+def test_a_policy_is_asked_once_a_step_and_never_about_a_finished_block(spec, data, stop_at_eos):
+    """Under a threshold it once was, after the last step: where a replayed record had ended."""
+    model, policy = spec.build(), Asked()
+    drawn = data.draw(decodes(model.config, waiting=True))
+    _, steps = recorded(model, drawn, policy, stop_at_eos=stop_at_eos)
+    assert [state.step for state in policy.states] == list(range(1, len(steps)))
+    assert all(state.masked[:, state.block].any() for state in policy.states)
+
+
 BREACHES = {
     "nothing": lambda state: torch.zeros_like(state.known),
     "known positions only": lambda state: state.known,
@@ -307,7 +328,10 @@ BAD_ARGUMENTS = [
     (dict(temperature=0.5), "generator is None at temperature 0.5, should be a torch.Generator"),
     (dict(prompt_mask=torch.ones(1, 3)), r"prompt_mask \(1, 3\) should be \(1, 2\)"),
     (dict(prompt_mask=torch.ones(2)), r"prompt_mask \(2,\)"),
-    (dict(prompt_mask=torch.tensor([[1, 0]])), r"should be \(1, 2\), in each row zeros \(padding\), then"),
+    (
+        dict(prompt_mask=torch.tensor([[1, 0]])),
+        r"should be \(1, 2\), in each row zeros \(padding\), then",
+    ),
     (dict(prompt_mask=torch.tensor([[0, 0]])), "then at least one 1"),
     (dict(prompt=torch.tensor([1, 2])), r"prompt is \(2,\)"),
     (dict(prompt=torch.tensor([[1.0, 2.0]])), "torch.float32"),

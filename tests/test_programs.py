@@ -201,7 +201,7 @@ def test_a_mistake_costs_one_line_and_exit_code_2(program, arguments, message, m
     with pytest.raises(SystemExit) as end:
         (d2cache if program == "d2cache.py" else bench).main()
     out, error = capsys.readouterr()
-    assert end.value.code == 2 and out == ""
+    assert end.value.code == 2 and (out == "" or "--map" in arguments)  # the answer is not lost
     assert error.count("\n") == 1 and message in error
 
 
