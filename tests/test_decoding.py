@@ -277,12 +277,16 @@ class Asked(DualCache):
         return super().choose(state)
 
 
-@given(model_specs(), st.data(), st.booleans())
-def test_a_policy_is_asked_once_a_step_and_never_about_a_finished_block(spec, data, stop_at_eos):
+@pytest.mark.parametrize(
+    "settings", [{}, {"tokens_per_step": 2}, {"threshold": 0.5}, {"stop_at_eos": True}]
+)
+@given(spec=model_specs(), data=st.data())
+def test_a_policy_is_asked_once_a_step_and_never_about_a_finished_block(settings, spec, data):
     """Under a threshold it once was, after the last step: where a replayed record had ended."""
-    model, policy = spec.build(), Asked()
-    drawn = data.draw(decodes(model.config, waiting=True))
-    _, steps = recorded(model, drawn, policy, stop_at_eos=stop_at_eos)
+    model, policy, steps = spec.build(), Asked(), []
+    prompt = torch.tensor(data.draw(token_rows(model.config, 2, 3)))
+    observe = lambda state, chosen: steps.append(state)  # noqa: E731
+    generate(model, prompt, 12, 4, policy=policy, on_step=observe, **settings)
     assert [state.step for state in policy.states] == list(range(1, len(steps)))
     assert all(state.masked[:, state.block].any() for state in policy.states)
 
