@@ -207,9 +207,9 @@ def measure_quality(model, tokenizer, problems, gen_length):
             reference = exact.setdefault(order, texts)  # vanilla comes first in every order
             right = [final_number(text) == number for text, number in zip(texts, numbers)]
             same = [text == other for text, other in zip(texts, reference)]
+            agreement = None if texts is reference else statistics.mean(same)
             sample = texts[0] if name == "d2Cache" else sample
-            values = name, statistics.mean(right), statistics.mean(same), *work
-            rows.append(dict(zip(QUALITY, values)))
+            rows.append(dict(zip(QUALITY, (name, statistics.mean(right), agreement, *work))))
     return rows, sample
 
 
@@ -335,7 +335,6 @@ def measure_parts(model, gen_length, steps):
     }
     times = {}
     for name, part in parts.items():
-        part()
         replayed = chosen.is_cuda and part is not select  # selection is launched kernel by kernel
         function = graphs.capture(part)[0].replay if replayed else part
         times[name] = 1000 * least_seconds(function, repeats=5)
@@ -345,9 +344,11 @@ def measure_parts(model, gen_length, steps):
 
 def cell(column, value):
     """A value as the tables print it; "-" where it was not measured."""
-    if isinstance(value, float) or column in PERCENT:
-        return f"{value:.1%}" if column in PERCENT else f"{value:.2f}"
-    return "-" if value is None else str(value)
+    if value is None:
+        return "-"
+    if column in PERCENT:
+        return f"{value:.1%}"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def print_table(rows):

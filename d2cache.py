@@ -29,7 +29,7 @@ EXAMPLE = (
     "sells 9 stickers at the market. On Friday Anna gets 8 more stickers at the school. "
     "How many stickers does Anna have now?"
 )
-COLOURS = {  # of what a step does at a position, in a picture and a terminal; if several, the last
+COLOURS = {  # of what a step does at a position, in SVG and in a terminal; if several, the last
     "known": ("#3d7ea6", "97;44"),
     "just decoded": ("#d1495b", "97;41"),
     "masked": ("#f2b134", "30;43"),
@@ -40,8 +40,8 @@ COLOURS = {  # of what a step does at a position, in a picture and a terminal; i
 def certainty_density(known, sigma, dtype=torch.float32):
     """Share of known positions around each one, in a Gaussian window of sigma positions.  Eq. 3.
 
-    D(i) = sum over known j of exp(-(i - j)^2 / (2 sigma^2)), divided by the mass of the window.
-    Over the whole canvas, as in the paper; the authors' code sees the response alone.
+    D(i) = sum over known j of exp(-(i - j)^2 / (2 sigma^2)), divided by the mass of the window, its
+    part beyond the canvas too. The paper's sees the whole canvas, the authors' code the response.
     (B, T) bool -> (B, T) in [0, 1]
     """
     require(sigma > 0, f"sigma is {sigma}, should be above 0")
@@ -68,10 +68,10 @@ def attention_rollout(maps, positions, valid):
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     influence = maps.new_ones(maps.shape[1], maps.shape[3])
     for attention in maps.unbind()[::-1]:  # (B, Q, T), the last layer first
-        moving = influence.gather(1, positions) * valid  # (B, T) -> (B, Q)
-        kept = moving / (1 + attention.sum(dim=2))
+        held = influence.gather(1, positions) * valid  # (B, T) -> (B, Q)
+        kept = held / (1 + attention.sum(dim=2))  # rows of attention sum to 1, but for round-off
         passed = (kept[:, None] @ attention)[:, 0]  # (B, Q) -> (B, T)
-        influence = influence.scatter_add(1, positions, kept - moving) + passed
+        influence = influence.scatter_add(1, positions, kept - held) + passed
     return influence
 
 
@@ -92,7 +92,7 @@ def nucleus(score, p, among):
 
 
 def best(score, among, n):
-    """Of positions `among` the n (a number, or (B, 1)) of highest score; of equals the first."""
+    """The n positions `among` some of highest score, of equals the first; n int or (B, 1)."""
     order = score.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
     first = torch.arange(order.shape[1], device=order.device) < n
     return torch.zeros_like(among).scatter(1, order, first.expand_as(order)) & among
@@ -125,7 +125,7 @@ class State:
 
     @property
     def block_starts(self):
-        """Sequences of whose current block nothing is decoded yet.  (B, 1) bool"""
+        """Sequences with no token of the current block decoded yet.  (B, 1) bool"""
         return ~self.known[:, self.block].any(dim=1, keepdim=True)
 
 
@@ -222,14 +222,17 @@ def ask(policy, state, shifted):
     unfinished = state.masked[:, state.block].any(dim=1, keepdim=True)
     chosen = chosen & unfinished & (state.known | state.masked)
     predicted = chosen & state.masked
-    return chosen | F.pad(predicted[:, 1:], (0, 1)) if shifted else chosen, predicted
+    if shifted:
+        chosen = chosen | F.pad(predicted[:, 1:], (0, 1))
+    return chosen, predicted
 
 
 def pack(chosen, predicted):
     """Chosen positions in rows of equal length, the predicted ones, at most R, first.
 
     A row of fewer than Q repeats its first position, and is not valid there: recomputing a position
-    twice gives the same keys and values. A sequence that waits has no first: it repeats position 0.
+    twice gives the same keys and values. A sequence that waits has none, so it repeats position 0,
+    where `recompute` puts the cache back.
     2 x (B, T) -> positions (B, Q), valid (B, Q), R
     """
     sizes = chosen.sum(dim=1).max(), predicted.sum(dim=1).max()
@@ -247,12 +250,12 @@ def recompute(model, cache, R, uses_attention, tokens, positions, valid, padding
     waits = ~valid.any(dim=1)[:, None, None]
     saved = [(tensor, tensor[:, :, 0].clone()) for tensor in (cache.k, cache.v)]
     hidden, maps = model.trunk(tokens, positions, cache, uses_attention, padding)
-    for tensor, column in saved:  # a sequence that waits keeps its cache: pack gave it position 0
+    for tensor, column in saved:  # a sequence that waits keeps its cache
         tensor[:, :, 0] = column.where(waits, tensor[:, :, 0])
     predicting = hidden[:, :R]
-    if model.config.shifted:  # then they are the rows before, and position 0 has its own
+    if model.config.shifted:  # position i is predicted by the row of i - 1, position 0 by its own
         before = (positions[:, :R, None] - 1).clamp(min=0)
-        row = (positions[:, None] == before).int().argmax(dim=2, keepdim=True)  # (B, R, Q) -> ...
+        row = (positions[:, None] == before).int().argmax(dim=2, keepdim=True)  # which of the Q
         predicting = hidden.gather(1, row.expand_as(predicting))
     return model.head(predicting), attention_rollout(maps, positions, valid)
 
@@ -328,12 +331,12 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
     for start in range(P, T, block_length):
         state = replace(state, block=slice(start, start + block_length))
         for n in range(block_length):  # at most: every step commits a position
-            unsure = threshold is not None or stop_at_eos or n * tokens_per_step >= block_length
-            if unsure and not state.masked[:, state.block].any():  # costs another transfer
+            maybe_done = threshold is not None or stop_at_eos or n * tokens_per_step >= block_length
+            if maybe_done and not state.masked[:, state.block].any():  # costs another transfer
                 break
             chosen, predicted = ask(policy, state, config.shifted)
             positions, valid, R = pack(chosen, predicted)
-            if R == 0:
+            if R == 0:  # the policy breaks its contract
                 break
             inputs = state.tokens, positions, valid, state.padding
             logits, influence = forward(model, cache, R, policy.uses_attention, *inputs)
@@ -362,8 +365,11 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
 
 
 def settings(gen_length):
-    """Arguments of `generate` by policy name: the paper's k and sigma, and Fast-dLLM's blocks."""
-    # Smaller for less than 256 tokens: a window much wider than k would spread stage 1 too thin.
+    """Arguments of `generate` by policy name: the paper's, k and sigma scaled down below 256 tokens
+
+    (a window much wider than k would spread stage 1 too thin), and blocks as in Fast-dLLM, or of
+    the next smaller divisor: 1 for a prime, so that prefix and dual cache are vanilla.
+    """
     k, sigma = min(32, max(1, gen_length // 8)), min(10.0, 10 * gen_length / 256)
     most = 32 if gen_length >= 128 else 16
     block_length = max(n for n in range(1, most + 1) if gen_length % n == 0)

@@ -29,7 +29,7 @@ from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer, pre_tokenizers
 from torch import nn
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MAP_ROWS = 256  # of the attention map at once: all would take H * Q * T numbers
+MAP_ROWS = 256  # query rows in a slice of the attention map: all take H * Q * T numbers
 
 # Keys of config.json that change what the model computes, and the one value implemented here.
 IMPLEMENTED = dict(
@@ -101,7 +101,7 @@ class Config:
 
     @property
     def shifted(self):
-        """Whether row i - 1 predicts position i, and row 0 itself too."""
+        """Whether row i - 1 predicts position i; row 0 also predicts position 0."""
         return self.model_type == "Dream"
 
     @classmethod
@@ -202,7 +202,7 @@ class Block(nn.Module):
         """x (B, Q, C) -> (B, Q, C), and the attention map (B, Q, T) or None."""
         h = self.attn_norm(x)
         projections = (self.q_proj(h), self.k_proj(h), self.v_proj(h))
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projections)  # -> (B, Q, H, D)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projections)  # C -> (H or G, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if update is not None:  # there is a cache
             k, v = update(k, v)  # (B, Q, G, D) -> (B, T, G, D)
@@ -228,10 +228,10 @@ class Transformer(nn.Module):
         """Logits of the recomputed positions, (B, Q, V); every position if `positions` is None.
 
         tokens (B, T) and positions (B, Q) are integers; positions may repeat. All Q attend to all
-        T: to the values just computed where recomputed, else to the `cache`, updated in place; but
-        nothing attends to `padding`, (B, T) bool. RoPE knows only distances, so padding before a
-        sequence does not change it. With return_attention, also the head-averaged attention
-        (L, B, Q, T). If `config.shifted`, row i predicts position i + 1.
+        T: to the keys and values just computed where recomputed, else to those in the `cache`,
+        updated in place; but nothing attends to `padding`, (B, T) bool. RoPE knows only distances,
+        so padding before a sequence does not change it. With return_attention, also the
+        head-averaged attention (L, B, Q, T). If `config.shifted`, row i predicts position i + 1.
         Raises ValueError for positions without a cache, or a cache of another shape.
         """
         hidden, maps = self.trunk(tokens, positions, cache, return_attention, padding)

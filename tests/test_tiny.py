@@ -123,7 +123,8 @@ def test_agreement_is_with_exact_decoding_in_the_same_order(monkeypatch):
 
     monkeypatch.setattr(bench, "solve", solve)
     rows, _ = bench.measure_quality(None, None, [("How many?", "#### 1")], 64)
-    assert [row["same text"] for row in rows] == [1] * len(rows)
+    for row in rows:
+        assert row["same text"] == (None if row["policy"].startswith("vanilla") else 1)
 
 
 @pytest.mark.parametrize(
