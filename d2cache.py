@@ -25,9 +25,8 @@ import torch.nn.functional as F
 
 EMBEDDED_MODEL = Path(__file__).parent / "tests" / "tiny"
 EXAMPLE = (
-    "Anna has 21 stickers. On Wednesday Anna finds 5 stickers at the market. On Thursday Anna "
-    "sells 9 stickers at the market. On Friday Anna gets 8 more stickers at the school. "
-    "How many stickers does Anna have now?"
+    "Ben has 30 pens. On Monday Ben buys 5 pens at the shop. On Tuesday Ben loses 8 pens at the "
+    "park. On Wednesday Ben wins 4 more pens at the school. How many pens does Ben have now?"
 )
 COLOURS = {  # of what a step does at a position, in SVG and in a terminal; if several, the last
     "known": ("#3d7ea6", "97;44"),
@@ -280,11 +279,7 @@ def predict(logits, config, temperature=0.0, generator=None):
 
 
 def unmask(state, predicted, confidence, sigma, tokens_per_step, threshold):
-    """Which of the positions predicted in this step, and in the block, to commit.  -> (B, T) bool
-
-    The best by confidence, or by certainty prior if sigma is given; and, as in Fast-dLLM, all whose
-    confidence exceeds the threshold, if there is one.
-    """
+    """Which of the positions just predicted to commit: in the block, the best.  -> (B, T) bool"""
     require(tokens_per_step >= 1, f"tokens_per_step is {tokens_per_step}, should be at least 1")
     in_range = threshold is None or 0 <= threshold <= 1
     require(in_range, f"threshold is {threshold}, should be from 0 to 1, or None")
@@ -311,13 +306,13 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
 
     Blocks of block_length positions are decoded from left to right (None: one block). Each step
     recomputes what `policy` chooses; of the block's masked positions among these it commits the
-    tokens_per_step best, by confidence, or by certainty prior if sigma is given; with a threshold
-    also every one whose confidence exceeds it.
+    tokens_per_step best, by confidence, or by certainty prior if sigma is given; with a threshold,
+    as in Fast-dLLM, also every one whose confidence exceeds it.
     Short prompts are padded on the left, where prompt_mask (B, P) is 0: a sequence decodes alone as
-    in company. stop_at_eos makes all that follows a response's first EOS token EOS once everything
-    before it is decoded. A temperature above 0 draws tokens with `generator`, one for the batch.
-    on_step(state, chosen) is called after every step with the new State and the positions (B, T)
-    recomputed for it. graphs, bench.py's CudaGraphs of the model, replays the forward passes.
+    in company. stop_at_eos makes all after a response's first EOS token EOS once all before it is
+    decoded. A temperature above 0 draws tokens with `generator`, one for the batch. on_step(state,
+    chosen) gets every new State and the positions (B, T) recomputed for it. graphs, bench.py's
+    CudaGraphs of the model, replays the forward passes.
     Raises ValueError for arguments out of range and for a policy that leaves nothing to commit.
     """
     state = blank_canvas(model, prompt, gen_length, prompt_mask)
@@ -344,7 +339,6 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
             rank = (predicted.cumsum(dim=1) - 1).clamp(min=0)  # pack puts the predicted ones first
             confidence = confidence.gather(1, rank).where(predicted, state.confidence)
             commit = unmask(state, predicted, confidence, sigma, tokens_per_step, threshold)
-
             waits = ~chosen.any(dim=1, keepdim=True)  # for other sequences, and keeps its state
             state = replace(
                 state,
@@ -365,11 +359,7 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
 
 
 def settings(gen_length):
-    """Arguments of `generate` by policy name: the paper's, k and sigma scaled down below 256 tokens
-
-    (a window much wider than k would spread stage 1 too thin), and blocks as in Fast-dLLM, or of
-    the next smaller divisor: 1 for a prime, so that prefix and dual cache are vanilla.
-    """
+    """Arguments of `generate` by policy name: the paper's, scaled down for short responses."""
     k, sigma = min(32, max(1, gen_length // 8)), min(10.0, 10 * gen_length / 256)
     most = 32 if gen_length >= 128 else 16
     block_length = max(n for n in range(1, most + 1) if gen_length % n == 0)
