@@ -442,6 +442,11 @@ def test_biases_are_in_all_layers_or_in_none(tmp_path, layer):
     assert missing == [f"{PREFIX}blocks.{layer}.{name}_proj.bias" for name in "qkv"]
 
 
+def test_biases_that_the_config_promises_are_missed(tmp_path):
+    message = refusal(write_checkpoint(tmp_path, TINY | {"include_qkv_bias": True}, make_tensors()))
+    assert f'"{PREFIX}blocks.0.q_proj.bias"' in message
+
+
 YARN = {"rope_theta": 1000000.0, "rope_type": "yarn", "factor": 4.0}
 
 
@@ -490,7 +495,9 @@ def test_the_mask_is_that_of_the_tokenizer_unless_config_has_one(tmp_path, own, 
     assert Config.from_json(tmp_path / "config.json").mask_token_id == meant
 
 
-@pytest.mark.parametrize("about", [{}, {"mask_token": None}, {"mask_token": "x"}])
+@pytest.mark.parametrize(
+    "about", [{}, *({"mask_token": token} for token in (None, "x", {}, {"content": 5}, 5))]
+)
 def test_a_mask_that_is_no_token_is_a_mask_that_is_missing(tmp_path, about):
     """No mask once was the token of the word None, which Qwen2's vocabulary has."""
     write_json(write_checkpoint(tmp_path, CODER) / "tokenizer_config.json", about)

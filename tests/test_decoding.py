@@ -126,6 +126,15 @@ def test_padding_is_never_chosen_nor_counted_nor_changed(name, spec, data):
         assert state.influence.isfinite().all() and state.confidence.isfinite().all()
 
 
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 3)])
+def test_without_padding_attention_gets_no_mask(mask):
+    """The fastest kernels take none."""
+    states = []
+    observe = lambda state, chosen: states.append(state)  # noqa: E731
+    generate(SPEC.build(), prompts([[1, 2, 3]] * 2), 2, prompt_mask=mask, on_step=observe)
+    assert all(state.padding is None for state in states)
+
+
 @EVERY_POLICY
 @given(spec=model_specs(), data=st.data())
 def test_stopping_at_eos_changes_only_what_follows_it(name, spec, data):

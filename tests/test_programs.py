@@ -108,6 +108,16 @@ def test_the_screen_shows_special_tokens_masks_and_whole_lines():
     assert screen == "\033[0m<eos>\033[0m\033[0ma\033[K\nb\033[0m\033[0m _\033[0m"
 
 
+def test_a_token_just_decoded_is_marked_only_where_it_is_recomputed():
+    known, nobody = torch.tensor([[True, True, True]]), torch.zeros(1, 3, dtype=torch.bool)
+    fresh, chosen = torch.tensor([[False, True, True]]), torch.tensor([[True, True, False]])
+    tokens, block = torch.tensor([[1, 2, 3]]), slice(1, 3)
+    first = State(tokens, known, fresh, nobody, nobody, block, step=1)
+    second = State(tokens, known, nobody, nobody, nobody, block, step=2)
+    marked = d2cache.marks([(first, chosen), (second, chosen)])
+    assert marked == {0: "known", 1: "just decoded"}
+
+
 @pytest.mark.parametrize(
     "policy, reasons", [(D2Cache(), True), (settings(8)["dual"]["policy"], False)]
 )
