@@ -227,12 +227,11 @@ def ask(policy, state, shifted):
 
 
 def pack(chosen, predicted):
-    """Chosen positions in rows of equal length, the predicted ones, at most R, first.
+    """Chosen positions in rows of equal length, predicted ones first.  2 x (B, T) -> 2 x (B, Q), R
 
     A row of fewer than Q repeats its first position, and is not valid there: recomputing a position
     twice gives the same keys and values. A sequence that waits has none, so it repeats position 0,
-    where `recompute` puts the cache back.
-    2 x (B, T) -> positions (B, Q), valid (B, Q), R
+    where `recompute` puts the cache back. No row has more than R predicted positions.
     """
     sizes = chosen.sum(dim=1).max(), predicted.sum(dim=1).max()
     Q, R = torch.stack(sizes).tolist()  # the one transfer to the host in a step
@@ -242,10 +241,7 @@ def pack(chosen, predicted):
 
 
 def recompute(model, cache, R, uses_attention, tokens, positions, valid, padding=None):
-    """One forward pass over positions (B, Q): logits (B, R, V) and influence (B, T).
-
-    Only rows that predict the first R positions pass the head. Without maps all influence is 1.
-    """
+    """One forward pass over positions (B, Q): logits (B, R, V) of the first R, influence (B, T)."""
     waits = ~valid.any(dim=1)[:, None, None]
     saved = [(tensor, tensor[:, :, 0].clone()) for tensor in (cache.k, cache.v)]
     hidden, maps = model.trunk(tokens, positions, cache, uses_attention, padding)
@@ -352,9 +348,8 @@ def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
             state = end_at_eos(state, config.eos_token_id, P) if stop_at_eos else state
             if on_step is not None:
                 on_step(state, chosen)
-        said = f"policy {type(policy).__name__} chose no masked position of block"
         done = not state.masked[:, state.block].any()
-        require(done, f"{said} {start}:{start + block_length}, by step {state.step}")
+        require(done, f"policy {type(policy).__name__} chose nothing to commit from {start} on")
     return state.tokens
 
 
