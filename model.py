@@ -69,7 +69,7 @@ def require(condition, message):
 
 @dataclass(frozen=True)
 class Config:
-    """Shape of the model: keys of LLaDA's config.json. ValueError for heads or ids out of range."""
+    """Shape of the model: keys of LLaDA's config.json. ValueError if they make no transformer."""
 
     d_model: int
     n_layers: int
@@ -88,12 +88,16 @@ class Config:
     model_type: str = "llada"
 
     def __post_init__(self):
+        for f in fields(self):
+            value, kinds = getattr(self, f.name), (int, float) if f.type is float else (f.type,)
+            fits = type(value) in kinds and (f.type is str or value >= 0)
+            require(fits, f"{f.name} is {value!r}, should be {f.type.__name__}, not below 0")
         C, H, G, rows = self.d_model, self.n_heads, self.n_kv_heads, self.embedding_size
         require(C % (2 * H) == 0, f"d_model is {C}, should be an even multiple of n_heads {H}")
         require(H % G == 0, f"n_heads is {H}, should be a multiple of n_kv_heads {G}")
         for name in ("mask_token_id", "eos_token_id"):
             id = getattr(self, name)
-            require(0 <= id < rows, f"{name} is {id}, should be from 0 to {rows - 1}")
+            require(id < rows, f"{name} is {id}, should be from 0 to {rows - 1}")
 
     @property
     def head_dim(self):
@@ -122,7 +126,7 @@ class Config:
         require(not missing, f"{path}: missing keys {missing}")
         try:
             return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-        except (ValueError, TypeError, ZeroDivisionError) as error:
+        except (ValueError, ZeroDivisionError) as error:
             raise ValueError(f"{path}: {error}") from error
 
 
@@ -363,7 +367,9 @@ def read_tensors(folder, device, dtype):
                     tensor = stored.get_tensor(name)
                     supported = tensor.dtype in DTYPES
                     require(supported, f"{file}: dtype {tensor.dtype} of {name} is not supported")
-                    tensors[llada_name(name)] = tensor if dtype is None else tensor.to(dtype)
+                    ours = llada_name(name)
+                    require(ours not in tensors, f"{file}: {name} is in the checkpoint already")
+                    tensors[ours] = tensor if dtype is None else tensor.to(dtype)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: missing, truncated or corrupt ({error})") from error
     dtypes = {tensor.dtype for tensor in tensors.values()}

@@ -315,7 +315,13 @@ def test_a_config_silent_about_biases_and_tying_has_neither(tmp_path):
 @pytest.mark.parametrize(
     "key, value, complaint",
     [
-        ("n_heads", "4", "unsupported operand"),
+        ("n_heads", "4", "n_heads is '4'"),
+        ("n_layers", True, "n_layers is True"),
+        ("mlp_hidden_size", 6.0, "mlp_hidden_size is 6.0"),
+        ("d_model", -8, "d_model is -8"),
+        ("rope_theta", float("nan"), "rope_theta is nan"),
+        ("model_type", 5, "model_type is 5"),
+        ("include_qkv_bias", 0, "include_qkv_bias is 0"),
         ("n_kv_heads", 0, "modulo by zero"),
         ("rms_norm_eps", None, "missing keys ['rms_norm_eps']"),
         ("d_model", 12, "d_model is 12, should be an even multiple of n_heads 4"),
@@ -323,7 +329,7 @@ def test_a_config_silent_about_biases_and_tying_has_neither(tmp_path):
         ("n_kv_heads", 8, "n_heads is 4, should be a multiple of n_kv_heads 8"),
         ("mask_token_id", 12, "mask_token_id is 12, should be from 0 to 11"),
         ("eos_token_id", 12, "eos_token_id is 12, should be from 0 to 11"),
-        ("eos_token_id", -1, "eos_token_id is -1, should be from 0 to 11"),
+        ("eos_token_id", -1, "eos_token_id is -1"),
     ],
 )
 def test_a_number_that_makes_no_transformer_is_refused(tmp_path, key, value, complaint):
@@ -432,6 +438,12 @@ def test_every_tensor_that_does_not_fit_is_listed_under_its_name_in_lladas_layou
         PREFIX + "ln_f.weight",
         PREFIX + "blocks.1.k_proj.bias",
     }
+
+
+def test_a_tensor_under_both_of_its_names_is_refused(tmp_path):
+    folder, _, _ = write_layout(tmp_path, "Dream", change={PREFIX + "ln_f.weight": torch.zeros(8)})
+    message = refusal(folder)
+    assert message.startswith(f"{folder / 'model.safetensors'}: ") and "already" in message
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -22,7 +22,7 @@ from test_checkpoints import write_qwen2
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "tiny"
 QUESTION = (
-    "Anna has 30 pens. On Monday Anna buys 5 pens at the shop. How many pens does Anna have now?"
+    "Tom has 30 pens. On Monday Tom buys 5 pens at the shop. How many pens does Tom have now?"
 )
 
 
@@ -31,7 +31,7 @@ def run(program, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT.parent)
 
 
-@pytest.mark.parametrize("policy", ["dual", "d2cache"])
+@pytest.mark.parametrize("policy", ["vanilla", "prefix", "dual", "d2cache"])
 def test_d2cache_py_prints_the_decoded_text_and_nothing_else(policy):
     result = run("d2cache.py", "--policy", policy)
     assert result.returncode == 0, result.stderr
@@ -76,16 +76,16 @@ def test_a_terminal_shows_the_canvas_filling_and_then_the_answer():
     # Nothing is left of the frame before: neither in a line nor below the last.
     assert all(re.match(r"([^\n]*\033\[K\r\n)*[^\n]*\033\[J\r\n", frame) for frame in frames)
     known, fresh, masked, decoded = (code for _, code in COLOURS.values())
-    assert f"\033[{known}m Anna" in frames[0] and f"\033[{known}m Anna" not in frames[1]
+    assert f"\033[{known}m Tom" in frames[0] and f"\033[{known}m Tom" not in frames[1]
     assert all(f"\033[{fresh}m" in frame for frame in frames[1:])
     assert all(f"\033[{decoded}m" in frame for frame in frames)
     assert [f"\033[{masked}m _" in frame for frame in frames] == [True] * 15 + [False]
-    assert canvases[-1].strip().splitlines()[-2].startswith("Anna starts with")
+    assert canvases[-1].strip().splitlines()[-2].startswith("Tom starts with")
 
 
 def test_no_color_asks_for_plain_text():
     written = in_terminal("--gen-length", 8, "--prompt", QUESTION, NO_COLOR="1")
-    assert "\033" not in written and written.startswith("Anna starts")
+    assert "\033" not in written and written.startswith("Tom starts")
 
 
 def test_an_empty_no_color_asks_for_nothing():
@@ -166,9 +166,11 @@ def test_the_map_shows_why_each_position_was_recomputed_and_what_was_decoded(pol
 
 
 def test_the_map_of_the_prompt_given_is_written_where_the_command_line_says(tmp_path):
-    result = run("d2cache.py", "--gen-length", 8, "--prompt", QUESTION, "--map", tmp_path / "x.svg")
+    result = run(
+        "d2cache.py", "--gen-length", 32, "--prompt", QUESTION, "--map", tmp_path / "x.svg"
+    )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("Anna starts") and "\033" not in result.stdout
+    assert result.stdout.startswith("Tom starts with 30 pens.") and "\033" not in result.stdout
     assert xml.parse(tmp_path / "x.svg").getroot().tag.endswith("svg")
 
 
@@ -206,7 +208,9 @@ def test_a_mistake_costs_one_line_and_exit_code_2(program, arguments, message, m
     with pytest.raises(SystemExit) as end:
         (d2cache if program == "d2cache.py" else bench).main()
     out, error = capsys.readouterr()
-    assert end.value.code == 2 and (out == "" or "--map" in arguments)  # the answer is not lost
+    # A map that cannot be written does not cost the answer.
+    assert out.startswith("Ben starts with 30 pens.") if "--map" in arguments else out == ""
+    assert end.value.code == 2
     assert error.count("\n") == 1 and message in error
 
 
@@ -261,7 +265,7 @@ def test_bench_py_prints_both_tables_and_writes_the_same_numbers(tmp_path):
 def test_bench_py_decodes_and_times_a_checkpoint():
     result = run("bench.py", "--model", TINY, "--gen-length", 32, "--prompt", QUESTION)
     assert result.returncode == 0, result.stderr
-    assert "d2Cache     Anna starts with" in result.stdout
+    assert "d2Cache     Tom starts with 30 pens." in result.stdout
     assert "QUALITY" not in result.stdout
     assert set(table(result.stdout.splitlines(), "SPEED")) == {
         "vanilla",
