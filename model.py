@@ -31,40 +31,14 @@ from torch import nn
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAP_ROWS = 256  # query rows in a slice of the attention map: all take H * Q * T numbers
 
-# Keys of config.json that change what the model computes, and the one value implemented here.
-IMPLEMENTED = dict(
-    block_type="llama", block_group_size=1, activation_type="silu", include_bias=False,
-    multi_query_attention=None, clip_qkv=None, layer_norm_type="rms", layer_norm_with_affine=True,
-    bias_for_layer_norm=False, attention_layer_norm=False, input_emb_norm=False, scale_logits=False,
-    rope=True, rope_full_precision=True, rope_scaling=None, alibi=False, sliding_window=None,
-)  # fmt: skip
-HF_IMPLEMENTED = dict(hidden_act="silu", mlp_bias=False, use_mrope=False, rope_type="default")
-
-# LLaDA's names are ours. The same in the layout of Hugging Face's Llama, which Dream follows:
-HF_KEYS = dict(
-    d_model="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
-    n_kv_heads="num_key_value_heads", mlp_hidden_size="intermediate_size",
-    embedding_size="vocab_size", max_sequence_length="max_position_embeddings",
-    weight_tying="tie_word_embeddings",
-)  # fmt: skip
-HF_NAMES = {  # of tensors, and what LLaDA calls them
-    "model.embed_tokens.": "model.transformer.wte.", "model.layers.": "model.transformer.blocks.",
-    "model.norm.": "model.transformer.ln_f.", "lm_head.": "model.transformer.ff_out.",
-    "input_layernorm.": "attn_norm.", "post_attention_layernorm.": "ff_norm.",
-    "self_attn.o_proj.": "attn_out.", "self_attn.": "", "mlp.gate_proj.": "ff_proj.",
-    "mlp.up_proj.": "up_proj.", "mlp.down_proj.": "ff_out.",
-}  # fmt: skip
-# How Qwen2, and so Dream, cuts a text into words.
-QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
 
 def require(condition, message):
     """ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+# ---- The transformer -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -83,21 +57,26 @@ class Config:
     rms_norm_eps: float
     mask_token_id: int
     eos_token_id: int
+    other_end_ids: tuple = ()  # tokens that end an answer too, such as <|eot_id|>
     include_qkv_bias: bool = False
     weight_tying: bool = False  # the embedding is the head too
     model_type: str = "llada"
 
     def __post_init__(self):
         for f in fields(self):
-            value, kinds = getattr(self, f.name), (int, float) if f.type is float else (f.type,)
-            fits = type(value) in kinds and (f.type is str or value >= 0)
+            value = getattr(self, f.name)
+            kinds = (int, float) if f.type is float else (f.type,)
+            fits = type(value) in kinds and (f.type in (str, tuple) or value >= 0)
             require(fits, f"{f.name} is {value!r}, should be {f.type.__name__}, not below 0")
-        C, H, G, rows = self.d_model, self.n_heads, self.n_kv_heads, self.embedding_size
+
+        C, H, G = self.d_model, self.n_heads, self.n_kv_heads
         require(C % (2 * H) == 0, f"d_model is {C}, should be an even multiple of n_heads {H}")
         require(H % G == 0, f"n_heads is {H}, should be a multiple of n_kv_heads {G}")
+
+        last = self.embedding_size - 1
         for name in ("mask_token_id", "eos_token_id"):
             id = getattr(self, name)
-            require(id < rows, f"{name} is {id}, should be from 0 to {rows - 1}")
+            require(id <= last, f"{name} is {id}, should be from 0 to {last}")
 
     @property
     def head_dim(self):
@@ -107,6 +86,11 @@ class Config:
     def shifted(self):
         """Whether row i - 1 predicts position i; row 0 also predicts position 0."""
         return self.model_type == "Dream"
+
+    @property
+    def end_ids(self):
+        """Every id that ends an answer."""
+        return (self.eos_token_id, *self.other_end_ids)
 
     @classmethod
     def from_json(cls, path):
@@ -163,16 +147,18 @@ def rotate(x, cos, sin):
 def attend(q, k, v, padding=None):
     """Softmax attention of every query over all T positions.  (B, Q, H, D) -> (B, Q, H, D)"""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    gqa = q.shape[1] != k.shape[1]
+    shares_keys = q.shape[1] != k.shape[1]
     mask = None if padding is None else ~padding[:, None, None]  # (B, T) -> (B, 1, 1, T)
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=gqa).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=shares_keys).transpose(1, 2)
 
 
 def attention_map(q, k, padding=None):
     """The weights of `attend`, averaged over heads.  (B, Q, H, D), (B, T, G, D) -> (B, Q, T)"""
-    (G, D), sharing = k.shape[2:], q.shape[2] // k.shape[2]  # heads of a group
+    G, D = k.shape[2:]
+    sharing = q.shape[2] // G  # query heads to a key head
     wide = torch.promote_types(q.dtype, torch.float32)
     keys = k.transpose(1, 2).contiguous().transpose(2, 3)  # (B, T, G, D) -> (B, G, D, T)
+
     slices = []
     for rows in q.split(MAP_ROWS, dim=1):
         rows = rows.unflatten(2, (G, sharing)).permute(0, 2, 3, 1, 4)  # -> (B, G, H / G, rows, D)
@@ -189,14 +175,18 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, hidden = config.d_model, config.mlp_hidden_size
+        C = config.d_model
+        kv = config.n_kv_heads * config.head_dim
+        hidden = config.mlp_hidden_size
+        bias = config.include_qkv_bias
         self.head_dim = config.head_dim
-        kv, bias = config.n_kv_heads * config.head_dim, config.include_qkv_bias
+
         self.attn_norm = nn.RMSNorm(C, config.rms_norm_eps)
         self.q_proj = nn.Linear(C, C, bias=bias)
         self.k_proj = nn.Linear(C, kv, bias=bias)
         self.v_proj = nn.Linear(C, kv, bias=bias)
         self.attn_out = nn.Linear(C, C, bias=False)
+
         self.ff_norm = nn.RMSNorm(C, config.rms_norm_eps)
         self.ff_proj = nn.Linear(C, hidden, bias=False)
         self.up_proj = nn.Linear(C, hidden, bias=False)
@@ -204,16 +194,31 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, update, padding, return_attention):
         """x (B, Q, C) -> (B, Q, C), and the attention map (B, Q, T) or None."""
-        h = self.attn_norm(x)
-        projections = (self.q_proj(h), self.k_proj(h), self.v_proj(h))
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projections)  # C -> (H or G, D)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if update is not None:  # there is a cache
+        attended, attention = self.attention(
+            self.attn_norm(x), cos, sin, update, padding, return_attention
+        )
+        x = x + attended
+        x = x + self.mlp(self.ff_norm(x))
+        return x, attention
+
+    def attention(self, h, cos, sin, update, padding, return_attention):
+        """What each position reads from all T.  (B, Q, C) -> (B, Q, C), map (B, Q, T) or None
+
+        update(k, v) puts the keys and values of the Q positions among those of all T; None: Q = T.
+        """
+        heads = (-1, self.head_dim)
+        q = rotate(self.q_proj(h).unflatten(-1, heads), cos, sin)  # (B, Q, C) -> (B, Q, H, D)
+        k = rotate(self.k_proj(h).unflatten(-1, heads), cos, sin)  # -> (B, Q, G, D)
+        v = self.v_proj(h).unflatten(-1, heads)
+        if update is not None:
             k, v = update(k, v)  # (B, Q, G, D) -> (B, T, G, D)
-        x = x + self.attn_out(attend(q, k, v, padding).flatten(2))
-        h = self.ff_norm(x)
-        x = x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
-        return x, attention_map(q, k, padding) if return_attention else None
+
+        attended = self.attn_out(attend(q, k, v, padding).flatten(2))  # (B, Q, H, D) -> (B, Q, C)
+        return attended, attention_map(q, k, padding) if return_attention else None
+
+    def mlp(self, h):
+        """(B, Q, C) -> (B, Q, C)"""
+        return self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
 
 
 class Transformer(nn.Module):
@@ -222,7 +227,8 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        rows, C = config.embedding_size, config.d_model
+        rows = config.embedding_size
+        C = config.d_model
         self.wte = nn.Embedding(rows, C)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = nn.RMSNorm(C, config.rms_norm_eps)
@@ -238,12 +244,14 @@ class Transformer(nn.Module):
         head-averaged attention (L, B, Q, T). If `config.shifted`, row i predicts position i + 1.
         Raises ValueError for positions without a cache, or a cache of another shape.
         """
-        hidden, maps = self.trunk(tokens, positions, cache, return_attention, padding)
+        hidden, maps = self.hidden_states(tokens, positions, cache, return_attention, padding)
         logits = self.head(hidden)
         return (logits, maps) if return_attention else logits
 
-    def trunk(self, tokens, positions=None, cache=None, return_attention=False, padding=None):
-        """`forward` up to the head: residual stream (B, Q, C), and maps (L or 0, B, Q, T)."""
+    def hidden_states(
+        self, tokens, positions=None, cache=None, return_attention=False, padding=None
+    ):
+        """`forward` up to the head: residual stream (B, Q, C), and maps (L, B, Q, T) or None."""
         B, T = tokens.shape
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
@@ -255,8 +263,10 @@ class Transformer(nn.Module):
         x = self.wte(tokens.gather(1, positions))  # (B, T) -> (B, Q) -> (B, Q, C)
         wide = torch.promote_types(x.dtype, torch.float32)
         cos, sin = rope(positions, self.config, wide)
-        n_maps = len(self.blocks) if return_attention else 0
-        maps = x.new_empty(n_maps, *positions.shape, T, dtype=wide)
+        maps = None
+        if return_attention:
+            maps = x.new_empty(len(self.blocks), *positions.shape, T, dtype=wide)
+
         for layer, block in enumerate(self.blocks):
             update = None if cache is None else partial(cache.update, layer, positions)
             x, attention = block(x, cos, sin, update, padding, return_attention)
@@ -298,9 +308,37 @@ class Transformer(nn.Module):
         return model.requires_grad_(False)
 
 
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+# Keys of config.json that change what the model computes, and the one value implemented here.
+IMPLEMENTED = dict(
+    block_type="llama", block_group_size=1, activation_type="silu", include_bias=False,
+    multi_query_attention=None, clip_qkv=None, layer_norm_type="rms", layer_norm_with_affine=True,
+    bias_for_layer_norm=False, attention_layer_norm=False, input_emb_norm=False, scale_logits=False,
+    rope=True, rope_full_precision=True, rope_scaling=None, alibi=False, sliding_window=None,
+)  # fmt: skip
+HF_IMPLEMENTED = dict(hidden_act="silu", mlp_bias=False, use_mrope=False, rope_type="default")
+
+# LLaDA's names are ours. The same in the layout of Hugging Face's Llama, which Dream follows:
+HF_KEYS = dict(
+    d_model="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
+    n_kv_heads="num_key_value_heads", mlp_hidden_size="intermediate_size",
+    embedding_size="vocab_size", max_sequence_length="max_position_embeddings",
+    weight_tying="tie_word_embeddings",
+)  # fmt: skip
+HF_NAMES = {  # of tensors, and what LLaDA calls them
+    "model.embed_tokens.": "model.transformer.wte.", "model.layers.": "model.transformer.blocks.",
+    "model.norm.": "model.transformer.ln_f.", "lm_head.": "model.transformer.ff_out.",
+    "input_layernorm.": "attn_norm.", "post_attention_layernorm.": "ff_norm.",
+    "self_attn.o_proj.": "attn_out.", "self_attn.": "", "mlp.gate_proj.": "ff_proj.",
+    "mlp.up_proj.": "up_proj.", "mlp.down_proj.": "ff_out.",
+}  # fmt: skip
+
+
 def config_values(path):
     """The config.json at `path` under our keys; ids of tokens as the tokenizer beside has them."""
-    folder, values = path.parent, read_json(path)
+    folder = path.parent
+    values = read_json(path) | {"other_end_ids": ()}
     if isinstance(values.get("rope_parameters"), dict):  # where newer files keep rope_theta
         values |= values["rope_parameters"]
     if "hidden_size" in values:
@@ -382,6 +420,15 @@ def llada_name(name):
     for theirs, ours in HF_NAMES.items():
         name = name.replace(theirs, ours)
     return name
+
+
+# ---- Text ----------------------------------------------------------------------------------------
+
+# How Qwen2, and so Dream, cuts a text into words.
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def load_tokenizer(path_or_repo_id):
