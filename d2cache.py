@@ -3,7 +3,7 @@
 A step of plain decoding recomputes all T positions of the canvas to commit one token. Here every
 step asks a policy which positions to recompute; all other keys and values come from the cache.
 d2Cache answers with (1) the masked positions about to be decoded, by certainty prior, (2) the known
-positions that carry the attention, by attention rollout, and the position decoded just before.
+positions that carry the attention, by attention rollout, and the positions decoded just before.
 Uncached decoding, prefix cache and dual cache are other answers, so one forward pass and one
 decoding loop serve them all.
 
@@ -12,6 +12,8 @@ B sequences, T positions, P of them prompt, Q recomputed, R of these masked, L l
 """
 
 import argparse
+import importlib.util
+import math
 import os
 import sys
 import time
@@ -23,17 +25,7 @@ from model import KVCache, Transformer, decode_response, encode_prompt, load_tok
 import torch  # after model, which keeps its import quiet
 import torch.nn.functional as F
 
-EMBEDDED_MODEL = Path(__file__).parent / "tests" / "tiny"
-EXAMPLE = (
-    "Ben has 30 pens. On Monday Ben buys 5 pens at the shop. On Tuesday Ben loses 8 pens at the "
-    "park. On Wednesday Ben wins 4 more pens at the school. How many pens does Ben have now?"
-)
-COLOURS = {  # of what a step does at a position, in SVG and in a terminal; if several, the last
-    "known": ("#3d7ea6", "97;44"),
-    "just decoded": ("#d1495b", "97;41"),
-    "masked": ("#f2b134", "30;43"),
-    "decoded in this step": ("#222222", "30;42"),
-}
+# ---- The equations -------------------------------------------------------------------------------
 
 
 def certainty_density(known, sigma, dtype=torch.float32):
@@ -43,12 +35,14 @@ def certainty_density(known, sigma, dtype=torch.float32):
     part beyond the canvas too. The paper's sees the whole canvas, the authors' code the response.
     (B, T) bool -> (B, T) in [0, 1]
     """
-    require(sigma > 0, f"sigma is {sigma}, should be above 0")
     T = known.shape[1]
-    distance = torch.arange(1 - T, T, device=known.device, dtype=dtype)
+    reach = math.ceil(min(T - 1, 40 * sigma))  # further away the Gaussian is 0, even in float64
+    distance = torch.arange(-reach, reach + 1, device=known.device, dtype=dtype)
     window = torch.exp(-((distance / sigma) ** 2) / 2)
-    around = window.unfold(0, T, 1).flip(0)  # (2T - 1) -> (T, T), row j around position j
-    return (known.to(dtype) @ around / window.sum()).clamp(max=1)
+
+    padded = F.pad(known.to(dtype), (reach, reach))
+    around = padded.unfold(1, len(window), 1)  # (B, T + 2 reach) -> (B, T, 2 reach + 1)
+    return (around @ window / window.sum()).clamp(max=1)
 
 
 def certainty_prior(confidence, known, sigma):
@@ -59,18 +53,20 @@ def certainty_prior(confidence, known, sigma):
 def attention_rollout(maps, positions, valid):
     """Influence of each position on the last layer's output: column sums of W_L ... W_1.  Eq. 6-9.
 
-    W_l = rownormalise(A_l + I), where A_l holds the attention of the recomputed rows and every
-    other row of W_l is one-hot. Only column sums are wanted, so no T x T product: v <- v W_l from
-    the last layer down, v = 1. A recomputed row keeps half of its v; half goes where it attends.
-    maps (L, B, Q, T), positions (B, Q); not valid (B, Q) are repeats.  -> (B, T), rows sum to T
+    W_l = rownormalise(A_l + I). Row i of A_l is position i's attention if it was recomputed; every
+    other row of W_l is one-hot. The paper multiplies T x T matrices. But their column sums are all
+    it needs, the row vector 1 W_L ... W_1, so v = 1 is multiplied from the left: v <- v W_l, from
+    the last layer to the first. There position i hands v_i on along its row of W_l: half of it to
+    itself, by I, and half to where it attends, by A_l. A position not recomputed keeps all of it.
+    maps (L, B, Q, T); positions (B, Q), repeats where not valid.  -> (B, T), rows sum to T
     """
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     influence = maps.new_ones(maps.shape[1], maps.shape[3])
-    for attention in maps.unbind()[::-1]:  # (B, Q, T), the last layer first
+    for attention in reversed(maps.unbind()):  # A_l, its recomputed rows: (B, Q, T)
         held = influence.gather(1, positions) * valid  # (B, T) -> (B, Q)
-        kept = held / (1 + attention.sum(dim=2))  # rows of attention sum to 1, but for round-off
-        passed = (kept[:, None] @ attention)[:, 0]  # (B, Q) -> (B, T)
-        influence = influence.scatter_add(1, positions, kept - held) + passed
+        kept = held / (1 + attention.sum(dim=2))  # by I; rows of A_l sum to 1, but for round-off
+        received = (kept[:, None] @ attention)[:, 0]  # by A_l; (B, Q) -> (B, T)
+        influence = influence.scatter_add(1, positions, kept - held) + received
     return influence
 
 
@@ -80,21 +76,25 @@ def nucleus(score, p, among):
     p = 0 is the one highest score, p = 1 all of `among`. As in the paper: the position that crosses
     p is in (the authors' code leaves it out).  score (B, T) >= 0, among (B, T) bool -> (B, T) bool
     """
-    score = score.masked_fill(~among, 0)
-    order = score.masked_fill(~among, -1).argsort(dim=1, descending=True, stable=True)
-    held = score.gather(1, order).cumsum(dim=1)
-    held_before = F.pad(held[:, :-1], (1, 0))  # by the positions of higher rank together
-    within = (held_before <= p * held[:, -1:]) & (held_before < held[:, -1:])
-    within |= p == 1  # round-off may lift a partial sum to the total, and the tail would be lost
-    within[:, 0] = True
-    return torch.zeros_like(among).scatter(1, order, within) & among
+    if p == 1:  # not left to sums: round-off would lose the tail
+        return among
+
+    ranked, order = score.masked_fill(~among, -1).sort(dim=1, descending=True, stable=True)
+    mass = ranked.clamp(min=0).cumsum(dim=1)  # of each rank and those above it
+    mass_above = F.pad(mass[:, :-1], (1, 0))
+    inside = (mass_above <= p * mass[:, -1:]) & (ranked > 0)
+    inside[:, 0] = True
+    return torch.zeros_like(among).scatter(1, order, inside) & among  # from ranks to positions
 
 
-def best(score, among, n):
+def highest(score, among, n):
     """The n positions `among` some of highest score, of equals the first; n int or (B, 1)."""
     order = score.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    first = torch.arange(order.shape[1], device=order.device) < n
-    return torch.zeros_like(among).scatter(1, order, first.expand_as(order)) & among
+    rank = order.argsort(dim=1)  # of each position; 0 is the highest score's
+    return among & (rank < n)
+
+
+# ---- State and policies --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -103,31 +103,34 @@ class State:
 
     tokens: torch.Tensor  # [MASK] where masked, and wherever the prompt holds one
     known: torch.Tensor  # prompt or decoded, whatever the token is
-    fresh: torch.Tensor  # decoded in the last step: key and value still say [MASK]
+    fresh: torch.Tensor  # decoded by the step that made this state: its key still says [MASK]
     confidence: torch.Tensor  # of masked positions, when they were last predicted. Eq. 1
     influence: torch.Tensor  # attention rollout of the last step, if the policy uses it
-    block: slice  # the positions being decoded
-    step: int  # that the batch has done, also those in which a sequence waited for others
+    block: torch.Tensor  # each sequence's first block with a masked position; none if finished
+    step: int  # steps done
     padding: torch.Tensor | None = None  # before short prompts: neither known nor masked
+    chosen: torch.Tensor | None = None  # recomputed by the step that made this state, if any did
 
     @property
     def masked(self):
         """Positions still to be decoded.  (B, T) bool"""
-        return ~self.known if self.padding is None else ~(self.known | self.padding)
-
-    @property
-    def in_block(self):
-        """The positions of the current block.  (B, T) bool"""
-        inside = torch.zeros_like(self.known)
-        inside[:, self.block] = True
-        return inside
+        if self.padding is None:
+            return ~self.known
+        return ~(self.known | self.padding)
 
     @property
     def block_starts(self):
-        """Sequences with no token of the current block decoded yet.  (B, 1) bool"""
-        return ~self.known[:, self.block].any(dim=1, keepdim=True)
+        """Sequences with no token of their block decoded yet.  (B, 1) bool"""
+        return ~(self.block & self.known).any(dim=1, keepdim=True)
 
 
+# A policy has `choose`, from a State to the positions to recompute, (B, T) bool. Of every sequence
+# that is not finished it must choose a masked position of the block. The first step recomputes
+# everything without asking. What is chosen in padding or in a finished sequence, which has no
+# block, is ignored; once, at the end, all sequences are finished.
+
+
+@dataclass(frozen=True)
 class RecomputeAll:
     """Vanilla decoding: no cache at all."""
 
@@ -137,23 +140,60 @@ class RecomputeAll:
         return torch.ones_like(state.known)
 
 
+@dataclass(frozen=True)
 class PrefixCache:
     """Fast-dLLM: everything when a block starts, then the block and all that follows it."""
 
     uses_attention = False
 
     def choose(self, state):
-        positions = torch.arange(state.known.shape[1], device=state.known.device)
-        return state.block_starts | (positions >= state.block.start)
+        from_block_on = state.block.cumsum(dim=1) > 0
+        return state.block_starts | from_block_on
 
 
+@dataclass(frozen=True)
 class DualCache:
     """Fast-dLLM: everything when a block starts, then the block alone."""
 
     uses_attention = False
 
     def choose(self, state):
-        return state.block_starts | state.in_block
+        return state.block_starts | state.block
+
+
+@dataclass(frozen=True)
+class DelayedCache:
+    """dKV-Cache-Decode, arXiv 2505.15781: every masked position, and each token once decoded.
+
+    Everything in a block's first two steps, and whenever `interval` more of its tokens are decoded.
+    """
+
+    interval: int = 8
+    uses_attention = False
+
+    def __post_init__(self):
+        require(self.interval >= 1, f"{self} should have interval >= 1")
+
+    def choose(self, state):
+        decoded = (state.block & state.known).sum(dim=1, keepdim=True)
+        before = decoded - (state.block & state.fresh).sum(dim=1, keepdim=True)
+        refresh = (before == 0) | (decoded // self.interval > before // self.interval)
+        return refresh | state.masked | state.fresh
+
+
+@dataclass(frozen=True)
+class SlidingWindow:
+    """The plainest control, ours: the first `width` masked positions of the block, the fresh ones."""
+
+    width: int = 4
+    uses_attention = False
+
+    def __post_init__(self):
+        require(self.width >= 1, f"{self} should have width >= 1")
+
+    def choose(self, state):
+        to_decode = state.block & state.masked
+        return to_decode & (to_decode.cumsum(dim=1) <= self.width) | state.fresh
 
 
 @dataclass(frozen=True)
@@ -175,50 +215,33 @@ class D2Cache:
     def about_to_be_decoded(self, state):
         """Stage 1, Eq. 4: the k masked positions of highest prior, those of the block first."""
         prior = certainty_prior(state.confidence, state.known, self.sigma)
-        inside = best(prior, state.masked & state.in_block, self.k)
+        inside = highest(prior, state.masked & state.block, self.k)
         left = self.k - inside.sum(dim=1, keepdim=True)
-        return inside | best(prior, state.masked & ~state.in_block, left)
+        return inside | highest(prior, state.masked & ~state.block, left)
 
     def attended(self, state):
         """Stage 2, Eq. 9: the nucleus of influence among prompt and decoded positions."""
         return nucleus(state.influence, self.p, among=state.known)
 
 
-def blank_canvas(model, prompt, gen_length, prompt_mask=None):
-    """The state before the first step, on the model's device; ValueError for a bad prompt."""
-    config, weight, shape = model.config, model.wte.weight, tuple(prompt.shape)
-    integer = not prompt.is_floating_point() and prompt.dtype != torch.bool
-    fits = integer and len(shape) == 2 and shape[0] > 0
-    require(fits, f"prompt is {shape} {prompt.dtype}, should be (B, P) integers")
-    prompt, mask_id, V = prompt.to(weight.device).long(), config.mask_token_id, config.vocab_size
-    wrong = prompt[((prompt < 0) | (prompt >= V)) & (prompt != mask_id)].tolist()
-    require(not wrong, f"prompt holds ids {wrong[:5]}, should be 0 to {V - 1}")
-    most = config.max_sequence_length - shape[1]
-    said = f"gen_length is {gen_length} after a prompt of {shape[1]}, should be from 1 to {most}"
-    require(1 <= gen_length <= most, said)
-    real = (torch.ones_like(prompt) if prompt_mask is None else prompt_mask.to(prompt)).bool()
-    padded_left = real.shape == prompt.shape and (real[:, 1:] >= real[:, :-1]).all()
-    said = f"prompt_mask {tuple(real.shape)} should be {shape}, in each row zeros (padding), then"
-    require(padded_left and real[:, -1:].all(), f"{said} at least one 1")
-
-    tokens = F.pad(prompt, (0, gen_length), value=mask_id)
-    known, padding = (F.pad(x, (0, gen_length), value=False) for x in (real, ~real))
-    zeros = torch.zeros_like(tokens, dtype=torch.promote_types(weight.dtype, torch.float32))
-    fresh, ones, nowhere = torch.zeros_like(known), torch.ones_like(zeros), slice(0, 0)
-    return State(tokens, known, fresh, zeros, ones, nowhere, 0, padding if padding.any() else None)
+# ---- One step ------------------------------------------------------------------------------------
 
 
-def ask(policy, state, shifted):
-    """The positions recomputed in this step, and the masked ones among them.  2 x (B, T)
+def choose_positions(policy, state, shifted):
+    """The positions recomputed in this step, and the masked ones among them.  2 x (B, T) bool
 
-    All in the first step, then as the policy says; but no padding, and nothing in a sequence whose
-    block is done, which waits for others. `shifted` logits: the row before a masked position too.
+    With `shifted` logits, Dream's, the row before a masked position predicts it: that one too.
     """
-    chosen = torch.ones_like(state.known) if state.step == 0 else policy.choose(state)
-    said = f"policy {type(policy).__name__} chose {tuple(chosen.shape)} {chosen.dtype}"
-    matches = chosen.dtype == torch.bool and chosen.shape == state.known.shape
-    require(matches, f"{said}, should be {tuple(state.known.shape)} torch.bool")
-    unfinished = state.masked[:, state.block].any(dim=1, keepdim=True)
+    if state.step == 0:
+        chosen = torch.ones_like(state.known)
+    else:
+        chosen = policy.choose(state)
+    name, shape = type(policy).__name__, tuple(state.known.shape)
+    require(torch.is_tensor(chosen), f"policy {name} chose {chosen!r}, should be a tensor")
+    said = f"policy {name} chose {tuple(chosen.shape)} {chosen.dtype}, should be {shape} torch.bool"
+    require(chosen.dtype == torch.bool and tuple(chosen.shape) == shape, said)
+
+    unfinished = state.block.any(dim=1, keepdim=True)
     chosen = chosen & unfinished & (state.known | state.masked)
     predicted = chosen & state.masked
     if shifted:
@@ -226,33 +249,69 @@ def ask(policy, state, shifted):
     return chosen, predicted
 
 
-def pack(chosen, predicted):
-    """Chosen positions in rows of equal length, predicted ones first.  2 x (B, T) -> 2 x (B, Q), R
+def count_rows(policy, state, chosen, predicted):
+    """Q and R: the most positions that any sequence recomputes, and predicts.
 
-    A row of fewer than Q repeats its first position, and is not valid there: recomputing a position
-    twice gives the same keys and values. A sequence that waits has none, so it repeats position 0,
-    where `recompute` puts the cache back. No row has more than R predicted positions.
+    The one transfer from device to host in a step; so it also tells whether the logits that made
+    `state` were finite, and whether the policy keeps its contract. ValueError if not.
     """
-    sizes = chosen.sum(dim=1).max(), predicted.sum(dim=1).max()
-    Q, R = torch.stack(sizes).tolist()  # the one transfer to the host in a step
-    order = (chosen.int() + predicted.int()).argsort(dim=1, descending=True, stable=True)[:, :Q]
+    Q = chosen.sum(dim=1).max()
+    R = predicted.sum(dim=1).max()
+    finite = ~state.confidence.isnan().any()  # see `predict`
+    advances = (predicted & state.block).any(dim=1) | ~state.block.any(dim=1)
+    Q, R, finite, advances = torch.stack([Q, R, finite, advances.all()]).tolist()
+
+    said = "NaN or infinite weights, or numbers too large for their dtype"
+    require(finite, f"the logits of step {state.step} are not finite: {said}")
+    said = f"policy {type(policy).__name__} chose no masked position of an unfinished block"
+    require(advances, f"{said} in step {state.step + 1}")
+    return Q, R
+
+
+def pack(chosen, predicted, Q):
+    """Chosen positions as rows of equal length, the predicted ones first.  2 x (B, T) -> 2 x (B, Q)
+
+    A sequence that chose fewer than Q repeats its first position, where it is not valid: to compute
+    a position twice gives the same keys and values. A finished sequence repeats position 0.
+    """
+    priority = chosen.int() + predicted.int()  # predicted 2, only recomputed 1
+    order = priority.argsort(dim=1, descending=True, stable=True)[:, :Q]
     valid = chosen.gather(1, order)
-    return torch.where(valid, order, order[:, :1]), valid, R
+    return order.where(valid, order[:, :1]), valid
 
 
-def recompute(model, cache, R, uses_attention, tokens, positions, valid, padding=None):
-    """One forward pass over positions (B, Q): logits (B, R, V) of the first R, influence (B, T)."""
-    waits = ~valid.any(dim=1)[:, None, None]
-    saved = [(tensor, tensor[:, :, 0].clone()) for tensor in (cache.k, cache.v)]
-    hidden, maps = model.trunk(tokens, positions, cache, uses_attention, padding)
-    for tensor, column in saved:  # a sequence that waits keeps its cache
-        tensor[:, :, 0] = column.where(waits, tensor[:, :, 0])
-    predicting = hidden[:, :R]
-    if model.config.shifted:  # position i is predicted by the row of i - 1, position 0 by its own
-        before = (positions[:, :R, None] - 1).clamp(min=0)
-        row = (positions[:, None] == before).int().argmax(dim=2, keepdim=True)  # which of the Q
-        predicting = hidden.gather(1, row.expand_as(predicting))
-    return model.head(predicting), attention_rollout(maps, positions, valid)
+def unpack(packed, predicted):
+    """What `pack` put into the first R rows, back at the predicted positions.  (B, R) -> (B, T)
+
+    Elsewhere stands some value of the sequence.
+    """
+    row = (predicted.cumsum(dim=1) - 1).clamp(min=0)
+    return packed.gather(1, row)
+
+
+def rows_before(hidden, positions, valid, R, T):
+    """For the first R positions, the row of position - 1; 0 has its own.  (B, Q, C) -> (B, R, C)"""
+    B, Q, C = hidden.shape
+    row = torch.arange(Q, device=hidden.device).expand(B, Q)
+    row = row.where(valid, 0)  # repeats stand for the first row
+    row_of = torch.zeros(B, T, dtype=row.dtype, device=row.device).scatter(1, positions, row)
+    before = (positions[:, :R] - 1).clamp(min=0)
+    return hidden.gather(1, row_of.gather(1, before)[:, :, None].expand(B, R, C))
+
+
+def recompute(model, cache, R, uses_attention, tokens, positions, valid, padding):
+    """One forward pass over positions (B, Q), of which the first R are predicted.
+
+    -> logits (B, R, V), and the influence (B, T), or None unless the policy uses attention
+    """
+    hidden, maps = model.hidden_states(tokens, positions, cache, uses_attention, padding)
+    if model.config.shifted:
+        logits = model.head(rows_before(hidden, positions, valid, R, tokens.shape[1]))
+    else:
+        logits = model.head(hidden[:, :R])
+
+    influence = attention_rollout(maps, positions, valid) if uses_attention else None
+    return logits, influence
 
 
 def predict(logits, config, temperature=0.0, generator=None):
@@ -260,146 +319,356 @@ def predict(logits, config, temperature=0.0, generator=None):
 
     The likeliest one, or one drawn from softmax(logits / temperature) by Gumbel noise, in float64
     as in LLaDA. [MASK] and ids without a token are never it, but keep their share of probability.
+    Where logits are not all finite the probability is NaN.
     """
-    require(0 <= temperature < torch.inf, f"temperature is {temperature}, should be at least 0")
-    drawn = f"generator is {generator} at temperature {temperature}"
-    require(temperature == 0 or generator, f"{drawn}, should be a torch.Generator")
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    excluded, score = (ids == config.mask_token_id) | (ids >= config.vocab_size), logits
+    score = logits
     if temperature > 0:
-        noise = torch.empty_like(logits, dtype=torch.float64).uniform_(generator=generator)
+        exact = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has no other
+        noise = torch.empty_like(logits, dtype=exact).uniform_(generator=generator)
         score = logits - temperature * torch.log(-torch.log(noise))
-    token = score.masked_fill(excluded, -torch.inf).argmax(dim=-1, keepdim=True)
+
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    excluded = (ids == config.mask_token_id) | (ids >= config.vocab_size)
+    token = score.masked_fill(excluded, -torch.inf).argmax(dim=-1)
+
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return torch.softmax(logits, dim=-1, dtype=wide).gather(-1, token)[..., 0], token[..., 0]
+    probability = torch.softmax(logits, dim=-1, dtype=wide)
+    confidence = probability.gather(-1, token[..., None])[..., 0]
+    return confidence.where(logits.isfinite().all(dim=-1), torch.nan), token
 
 
 def unmask(state, predicted, confidence, sigma, tokens_per_step, threshold):
     """Which of the positions just predicted to commit: in the block, the best.  -> (B, T) bool"""
-    require(tokens_per_step >= 1, f"tokens_per_step is {tokens_per_step}, should be at least 1")
-    in_range = threshold is None or 0 <= threshold <= 1
-    require(in_range, f"threshold is {threshold}, should be from 0 to 1, or None")
-    score = confidence if sigma is None else certainty_prior(confidence, state.known, sigma)
-    candidates = predicted & state.in_block
-    commit = best(score, candidates, tokens_per_step)
-    return commit if threshold is None else commit | candidates & (confidence > threshold)
+    score = confidence
+    if sigma is not None:
+        score = certainty_prior(confidence, state.known, sigma)
+    candidates = predicted & state.block
+    commit = highest(score, candidates, tokens_per_step)
+    if threshold is not None:
+        commit = commit | (candidates & (confidence >= threshold))
+    return commit
 
 
-def end_at_eos(state, eos, prompt_length):
-    """The state, in which all after a response's first EOS is EOS, once none before is masked."""
-    settled = state.masked.cumsum(dim=1) == 0
-    settled[:, :prompt_length] = False
-    ended = (settled & (state.tokens == eos)).cumsum(dim=1) > 0  # from the first one on
-    tokens, fresh = state.tokens.masked_fill(ended, eos), state.fresh | ended & state.masked
-    return replace(state, tokens=tokens, known=state.known | ended, fresh=fresh)
+def end_at_eos(state, config, prompt_length):
+    """The state, with all that follows the end of a response made EOS, and known.
+
+    The end is the first token of config.end_ids, EOS or end of turn, once none before it is masked.
+    """
+    ends = torch.zeros_like(state.known)
+    for id in config.end_ids:
+        ends = ends | (state.tokens == id)
+    ends = ends & (state.masked.cumsum(dim=1) == 0)  # everything up to here is decoded
+    ends[:, :prompt_length] = False
+    behind = F.pad(ends.cumsum(dim=1)[:, :-1] > 0, (1, 0))
+
+    return replace(
+        state,
+        tokens=state.tokens.masked_fill(behind, config.eos_token_id),
+        known=state.known | behind,
+        fresh=state.fresh | (behind & state.masked),
+    )
+
+
+# ---- The loop ------------------------------------------------------------------------------------
+
+
+def current_block(masked, block_length, prompt_length):
+    """Each sequence's first block of the response with a masked position.  (B, T) -> (B, T) bool"""
+    blocks = masked[:, prompt_length:].unflatten(1, (-1, block_length))
+    unfinished = blocks.any(dim=2)  # (B, blocks)
+    first = unfinished & (unfinished.cumsum(dim=1) == 1)
+    return F.pad(first.repeat_interleave(block_length, dim=1), (prompt_length, 0))
+
+
+def check_prompt(prompt, prompt_mask, gen_length, config):
+    """ValueError unless prompt and mask fit, and leave room for gen_length tokens."""
+    require(torch.is_tensor(prompt), f"prompt is {type(prompt)}, should be (B, P) integers")
+    shape = tuple(prompt.shape)
+    integers = not prompt.is_floating_point() and prompt.dtype != torch.bool
+    fits = integers and len(shape) == 2 and shape[0] > 0
+    require(fits, f"prompt is {shape} {prompt.dtype}, should be (B, P) integers")
+
+    ids = prompt.long()
+    valid = (ids >= 0) & (ids < config.vocab_size) | (ids == config.mask_token_id)
+    wrong = ids[~valid].tolist()
+    require(not wrong, f"prompt holds ids {wrong[:5]}, should be 0 to {config.vocab_size - 1}")
+
+    most = config.max_sequence_length - shape[1]
+    said = f"gen_length is {gen_length} after a prompt of {shape[1]}, should be from 1 to {most}"
+    require(isinstance(gen_length, int) and 1 <= gen_length <= most, said)
+
+    if prompt_mask is not None:
+        real = prompt_mask.bool()
+        padded_left = real.shape == prompt.shape and (real[:, 1:] >= real[:, :-1]).all()
+        said = f"prompt_mask {tuple(real.shape)} should be {shape}, in each row zeros (padding),"
+        require(padded_left and real[:, -1:].all(), f"{said} then at least one 1")
+
+
+def check_settings(gen_length, block_length, tokens_per_step, policy, sigma, threshold):
+    """ValueError, with the value and what would be right, for settings of `decode` out of range."""
+    divides = isinstance(block_length, int) and block_length >= 1 and gen_length % block_length == 0
+    require(divides, f"block_length is {block_length}, should divide gen_length {gen_length}")
+
+    counts = isinstance(tokens_per_step, int) and tokens_per_step >= 1
+    require(counts, f"tokens_per_step is {tokens_per_step}, should be at least 1")
+
+    chooses = hasattr(policy, "choose") and not isinstance(policy, type)
+    require(chooses, f"policy is {policy!r}, should be an object like DualCache()")
+
+    require(sigma is None or sigma > 0, f"sigma is {sigma}, should be above 0")
+    share = threshold is None or 0 <= threshold <= 1
+    require(share, f"threshold is {threshold}, should be from 0 to 1, or None")
+
+
+def check_sampling(temperature, generator, device):
+    """The same for the two that draw tokens."""
+    require(0 <= temperature < math.inf, f"temperature is {temperature}, should be at least 0")
+    if temperature > 0:
+        said = f"generator is {generator} at temperature {temperature}, should be a torch.Generator"
+        fits = isinstance(generator, torch.Generator) and generator.device.type == device.type
+        require(fits, f"{said} of device {device.type!r}")
+
+
+def blank_canvas(model, prompt, prompt_mask, gen_length):
+    """The state before the first step, on the model's device; its block is still empty."""
+    weight = model.wte.weight
+    prompt = prompt.to(weight.device).long()
+    real = torch.ones_like(prompt, dtype=torch.bool)
+    if prompt_mask is not None:
+        real = prompt_mask.to(weight.device).bool()
+
+    known = F.pad(real, (0, gen_length), value=False)
+    padding = F.pad(~real, (0, gen_length), value=False)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    zeros = torch.zeros(known.shape, device=weight.device, dtype=wide)
+    return State(
+        tokens=F.pad(prompt, (0, gen_length), value=model.config.mask_token_id),
+        known=known,
+        fresh=torch.zeros_like(known),
+        confidence=zeros,
+        influence=torch.ones_like(zeros),
+        block=torch.zeros_like(known),
+        step=0,
+        padding=padding if padding.any() else None,  # without, attention runs faster
+    )
 
 
 @torch.no_grad()
-def generate(model, prompt, gen_length, block_length=None, tokens_per_step=1,
-             policy=RecomputeAll(), sigma=None, on_step=None, graphs=None, prompt_mask=None,
-             threshold=None, stop_at_eos=False, temperature=0.0, generator=None):  # fmt: skip
-    """Decode gen_length tokens after each prompt.  (B, P) integers -> (B, P + gen_length)
+def decode(
+    model,
+    prompt,
+    gen_length,
+    block_length=None,
+    tokens_per_step=1,
+    policy=RecomputeAll(),
+    sigma=None,
+    prompt_mask=None,
+    threshold=None,
+    stop_at_eos=False,
+    temperature=0.0,
+    generator=None,
+    forward=recompute,
+):
+    """Decode gen_length tokens after each prompt, (B, P) integers: yields the State of every step.
 
-    Blocks of block_length positions are decoded from left to right (None: one block). Each step
-    recomputes what `policy` chooses; of the block's masked positions among these it commits the
-    tokens_per_step best, by confidence, or by certainty prior if sigma is given; with a threshold,
-    as in Fast-dLLM, also every one whose confidence exceeds it.
+    Each step recomputes what `policy` chooses. Of the masked positions among these it commits the
+    tokens_per_step best of each sequence's block: by confidence, or by certainty prior if sigma is
+    given; with a threshold, as in Fast-dLLM, also every one whose confidence reaches it. Blocks of
+    block_length positions are decoded from left to right (None: the response is one block).
     Short prompts are padded on the left, where prompt_mask (B, P) is 0: a sequence decodes alone as
-    in company. stop_at_eos makes all after a response's first EOS token EOS once all before it is
-    decoded. A temperature above 0 draws tokens with `generator`, one for the batch. on_step(state,
-    chosen) gets every new State and the positions (B, T) recomputed for it. graphs, bench.py's
-    CudaGraphs of the model, replays the forward passes.
-    Raises ValueError for arguments out of range and for a policy that leaves nothing to commit.
+    in company. stop_at_eos makes all behind a response's first end token EOS once all before it is
+    decoded. A temperature above 0 draws tokens with `generator`, one for the batch. `forward` takes
+    the place of `recompute`: bench.py replays CUDA graphs there.
+    Raises ValueError for arguments out of range, before the first step; for a policy that breaks
+    its contract; and for logits that are not finite.
     """
-    state = blank_canvas(model, prompt, gen_length, prompt_mask)
-    block_length = gen_length if block_length is None else block_length
-    divides = block_length >= 1 and gen_length % block_length == 0
-    require(divides, f"block_length is {block_length}, should divide gen_length {gen_length}")
-    (B, T), P, config = state.tokens.shape, prompt.shape[1], model.config
-    weight, forward = model.wte.weight, graphs.recompute if graphs else recompute
-    cache = graphs.cache(B, T) if graphs else KVCache(config, B, T, weight.device, weight.dtype)
+    if block_length is None:
+        block_length = gen_length
+    check_prompt(prompt, prompt_mask, gen_length, model.config)
+    check_settings(gen_length, block_length, tokens_per_step, policy, sigma, threshold)
+    weight = model.wte.weight
+    check_sampling(temperature, generator, weight.device)
 
-    for start in range(P, T, block_length):
-        state = replace(state, block=slice(start, start + block_length))
-        for n in range(block_length):  # at most: every step commits a position
-            maybe_done = threshold is not None or stop_at_eos or n * tokens_per_step >= block_length
-            if maybe_done and not state.masked[:, state.block].any():  # costs another transfer
-                break
-            chosen, predicted = ask(policy, state, config.shifted)
-            positions, valid, R = pack(chosen, predicted)
-            if R == 0:  # the policy breaks its contract
-                break
-            inputs = state.tokens, positions, valid, state.padding
-            logits, influence = forward(model, cache, R, policy.uses_attention, *inputs)
-            confidence, token = predict(logits, config, temperature, generator)
-            rank = (predicted.cumsum(dim=1) - 1).clamp(min=0)  # pack puts the predicted ones first
-            confidence = confidence.gather(1, rank).where(predicted, state.confidence)
-            commit = unmask(state, predicted, confidence, sigma, tokens_per_step, threshold)
-            waits = ~chosen.any(dim=1, keepdim=True)  # for other sequences, and keeps its state
-            state = replace(
-                state,
-                tokens=token.gather(1, rank).where(commit, state.tokens),
-                known=state.known | commit,
-                fresh=state.fresh.where(waits, commit),
-                confidence=confidence,
-                influence=state.influence.where(waits, influence),
-                step=state.step + 1,
-            )
-            state = end_at_eos(state, config.eos_token_id, P) if stop_at_eos else state
-            if on_step is not None:
-                on_step(state, chosen)
-        done = not state.masked[:, state.block].any()
-        require(done, f"policy {type(policy).__name__} chose nothing to commit from {start} on")
+    P = prompt.shape[1]
+    state = blank_canvas(model, prompt, prompt_mask, gen_length)
+    cache = KVCache(model.config, *state.tokens.shape, weight.device, weight.dtype)
+    while True:
+        state = replace(state, block=current_block(state.masked, block_length, P))
+        chosen, predicted = choose_positions(policy, state, model.config.shifted)
+        Q, R = count_rows(policy, state, chosen, predicted)
+        if state.step > 0:
+            yield state  # no sooner: only now it is known that its logits were finite
+        if Q == 0:  # every sequence is finished
+            return
+
+        positions, valid = pack(chosen, predicted, Q)
+        logits, influence = forward(
+            model, cache, R, policy.uses_attention, state.tokens, positions, valid, state.padding
+        )
+        if influence is None:
+            influence = state.influence
+
+        confidence, token = predict(logits, model.config, temperature, generator)
+        confidence = unpack(confidence, predicted).where(predicted, state.confidence)
+        commit = unmask(state, predicted, confidence, sigma, tokens_per_step, threshold)
+        state = replace(
+            state,
+            tokens=unpack(token, predicted).where(commit, state.tokens),
+            known=state.known | commit,
+            fresh=commit,
+            confidence=confidence,
+            influence=influence.where(state.block.any(dim=1, keepdim=True), state.influence),
+            step=state.step + 1,
+            chosen=chosen,
+        )
+        if stop_at_eos:
+            state = end_at_eos(state, model.config, P)
+
+
+def generate(
+    model,
+    prompt,
+    gen_length,
+    block_length=None,
+    tokens_per_step=1,
+    policy=RecomputeAll(),
+    sigma=None,
+    prompt_mask=None,
+    threshold=None,
+    stop_at_eos=False,
+    temperature=0.0,
+    generator=None,
+):
+    """Prompts and responses when `decode`, which explains the arguments, is done.
+
+    prompt (B, P) integers -> (B, P + gen_length) token ids
+    """
+    for state in decode(
+        model,
+        prompt,
+        gen_length,
+        block_length,
+        tokens_per_step,
+        policy,
+        sigma,
+        prompt_mask,
+        threshold,
+        stop_at_eos,
+        temperature,
+        generator,
+    ):
+        pass
     return state.tokens
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+EMBEDDED_MODEL = Path(__file__).parent / "tests" / "tiny"
+EXAMPLE = (
+    "Ben has 30 pens. On Monday Ben buys 5 pens at the shop. On Tuesday Ben loses 8 pens at the "
+    "park. On Wednesday Ben wins 4 more pens at the school. How many pens does Ben have now?"
+)
+COLOURS = {  # of `roles` in a terminal; where a position has several, the last one shows
+    "attended": "97;44",
+    "fresh": "97;41",
+    "candidates": "30;43",
+    "committed": "30;42",
+}
 
 
 def settings(gen_length):
     """Arguments of `generate` by policy name: the paper's, scaled down for short responses."""
-    k, sigma = min(32, max(1, gen_length // 8)), min(10.0, 10 * gen_length / 256)
-    most = 32 if gen_length >= 128 else 16
-    block_length = max(n for n in range(1, most + 1) if gen_length % n == 0)
+    k = min(32, max(1, gen_length // 8))
+    sigma = min(10.0, 10 * gen_length / 256)
+    longest = 32 if gen_length >= 128 else 16
+    block_length = max(n for n in range(1, longest + 1) if gen_length % n == 0)
     return {
         "vanilla": dict(policy=RecomputeAll()),
         "prefix": dict(policy=PrefixCache(), block_length=block_length),
         "dual": dict(policy=DualCache(), block_length=block_length),
+        "delayed": dict(policy=DelayedCache(), block_length=block_length),
+        "window": dict(policy=SlidingWindow(), sigma=sigma),
         "d2cache": dict(policy=D2Cache(k=k, p=0.1, sigma=sigma), sigma=sigma),
     }
 
 
-def marks(steps):
-    """{position: key of COLOURS}: what the last of these steps of one sequence did there."""
-    # Before the first step is itself: what is fresh then is decoded in this step, which counts.
-    (before, _), (state, chosen) = (steps[:1] + steps)[-2:]
-    where = (chosen, chosen & before.fresh, chosen & state.masked, state.fresh)
-    cells = zip(COLOURS, (positions[0].nonzero()[:, 0].tolist() for positions in where))
-    return {position: mark for mark, positions in cells for position in positions}
+def load_policy(text):
+    """The policy of "FILE.py:Name" or "FILE.py:Name(k=8)"; ValueError says why there is none."""
+    file, separator, call = text.partition(".py:")
+    require(separator, f"policy is {text!r}, should be FILE.py:Name or FILE.py:Name(k=8)")
+    spec = importlib.util.spec_from_file_location("policy_of_" + Path(file).stem, file + ".py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    try:
+        spec.loader.exec_module(module)
+        policy = eval(call, vars(module))  # code of the same author as the file's
+        if isinstance(policy, type):
+            policy = policy()
+    except Exception as error:
+        raise ValueError(f"policy {text}: {type(error).__name__}: {error}") from error
+    contract = callable(getattr(policy, "choose", None)) and hasattr(policy, "uses_attention")
+    require(contract, f"policy {text}: {policy!r} should have choose(state) and uses_attention")
+    return policy
 
 
-def draw_map(steps, policy):
-    """The decode of one sequence as SVG: steps down, positions across."""
-    P, T, S = steps[0][0].block.start, steps[0][0].tokens.shape[1], len(steps)
-    rows, em, paths, legend = [marks(steps[: y + 1]) for y in range(S)], T / 60, "", ""
-    reasons = {"masked": " (certainty prior)", "known": " (attention rollout)"}
-    for mark, (colour, _) in COLOURS.items():
-        reason = reasons.get(mark, "") if isinstance(policy, D2Cache) else ""
-        cells = (f"M{x} {y}h1v1h-1z" for y, row in enumerate(rows) for x in row if row[x] == mark)
-        paths += f'<path fill="{colour}" d="{"".join(cells)}"/>'
-        legend += f'<tspan fill="{colour}">■</tspan> {mark}{reason} \u2003'
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" style="background: #fff" '
-        f'font-size="{em}" viewBox="{-em} {-2 * em} {T + 2 * em} {S + 5 * em}">\n'
-        f'<path fill="#eee" d="M0 0h{T}v{S}h-{T}z"/>\n{paths}\n'
-        f'<text y="{-em / 2}">prompt</text><text x="{P}" y="{-em / 2}">response</text>\n'
-        f'<text y="{S + 2 * em}">{legend}</text>\n</svg>\n'
-    )
+def roles(before, state):
+    """Why a step recomputed which positions, and what it decoded.  -> {name: (B, T) bool}
+
+    `before` is the state that the step started from, None for the first. "attended" are the known
+    positions, for whatever reason: the prompt in a full refresh, Dream's rows before a masked one.
+    """
+    committed = state.fresh
+    candidates = state.chosen & (state.masked | committed)
+    fresh = torch.zeros_like(candidates)
+    if before is not None:
+        fresh = state.chosen & before.fresh
+    return {
+        "attended": state.chosen & ~candidates & ~fresh,
+        "fresh": fresh,
+        "candidates": candidates,
+        "committed": committed,
+    }
 
 
-def draw_screen(steps, tokenizer):
-    """The canvas of one sequence as text, in a terminal's colours."""
-    state, screen, mark_at = steps[-1][0], "", marks(steps)
+def places(positions):
+    """The positions of one sequence, (T,) bool, in words: "9: 0-6 11 13"."""
+    runs = []
+    for i in positions.nonzero()[:, 0].tolist():
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    words = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    return " ".join([f"{positions.sum().item()}:", *words])
+
+
+def trace(before, state, sigma, tokenizer):
+    """A step of one sequence as a line: what it committed, how sure, and what it recomputed."""
+    role = {name: positions[0] for name, positions in roles(before, state).items()}
+    known_before = state.known & ~state.fresh
+    prior = certainty_prior(state.confidence, known_before, sigma)[0]
+    commits = []
+    for i in role["committed"].nonzero()[:, 0].tolist():
+        text = tokenizer.decode([state.tokens[0, i].item()], skip_special_tokens=False)
+        commits.append(f"{i} {text!r} {state.confidence[0, i]:.3f} {prior[i]:.3f}")
+    reasons = (f"{name} {places(role[name])}" for name in ("candidates", "attended", "fresh"))
+    return f"{state.step:4d}  {', '.join(commits)}  |  {'  |  '.join(reasons)}"
+
+
+def draw_screen(before, state, tokenizer, share):
+    """The canvas of one sequence as text in a terminal's colours; share is recomputed so far."""
+    colour = {}
+    for name, positions in roles(before, state).items():
+        for i in positions[0].nonzero()[:, 0].tolist():
+            colour[i] = COLOURS[name]
+
+    screen = f"step {state.step}, {share:.1%} of the positions recomputed so far\n"
+    for name, code in COLOURS.items():
+        screen += f"\033[{code}m{name}\033[0m "
+    screen += "plain: from the cache\n\n"
     for i, (id, known) in enumerate(zip(state.tokens[0].tolist(), state.known[0].tolist())):
         text = tokenizer.decode([id], skip_special_tokens=False) if known else " _"
-        screen += f"\033[{COLOURS[mark_at[i]][1] if i in mark_at else 0}m{text}\033[0m"
+        screen += f"\033[{colour.get(i, 0)}m{text}\033[0m"
     return screen.replace("\n", "\033[K\n")  # nothing is left of a longer line
 
 
@@ -408,35 +677,74 @@ def main():
     parser = argparse.ArgumentParser(description=main.__doc__, usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub id")
-    add("--prompt", default=EXAMPLE, help="the user's text")
-    add("--policy", default="d2cache", choices=settings(1), help="which positions to recompute")
-    add("--gen-length", default=64, type=int, help="tokens to decode (64)")
+    add("--revision", help="of the hub's repository: branch, tag or commit")
+    add("--dtype", help="float32, bfloat16 ... instead of the checkpoint's")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    add("--map", help="draw what was recomputed when, and why, into this SVG file")
-    args, steps = parser.parse_args(), []
-    watched = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-    def observe(state, chosen):
-        steps.append((state, chosen))
-        if watched:
-            print(f"\033[H{draw_screen(steps, tokenizer)}\033[J", flush=True)
-            if args.model == EMBEDDED_MODEL:  # which is faster than the eye
-                time.sleep(0.05)
-
+    add("--prompt", default=EXAMPLE, help="the user's text")
+    add("--gen-length", default=64, type=int, help="tokens to decode (64)")
+    add("--policy", default="d2cache", help=f"{', '.join(settings(1))} or FILE.py:Name(k=8)")
+    add("--block-length", type=int, help="decode in blocks of so many tokens, by confidence")
+    add("--threshold", type=float, help="commit every token at least so confident, too")
+    add("--temperature", default=0.0, type=float, help="draw tokens (0: take the likeliest)")
+    add("--seed", default=0, type=int, help="of these draws")
+    add("--stop-at-eos", action="store_true", help="stop where the answer ends")
+    add("--trace", action="store_true", help="print what every step commits and recomputes")
+    add("--delay", default=0.05, type=float, help="seconds between two steps on the screen (0.05)")
+    args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every answer
     try:
-        require(args.gen_length >= 1, f"--gen-length is {args.gen_length}, should be at least 1")
-        tokenizer = load_tokenizer(args.model)
-        prompt = encode_prompt(tokenizer, args.prompt)
-        model = Transformer.from_pretrained(args.model, args.device)
-        arguments = settings(args.gen_length)[args.policy]
-        tokens = generate(model, prompt, args.gen_length, on_step=observe, **arguments)
-        print(decode_response(tokenizer, tokens[0, prompt.shape[1] :], model.config.eos_token_id))
-        if args.map:
-            Path(args.map).write_text(draw_map(steps, arguments["policy"]), encoding="utf-8")
-    except (OSError, ValueError) as error:
+        answer, summary = run(args)
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # a bug; out of memory is none
         parser.error(" ".join(str(error).split()))
-    share = sum(chosen.float().mean().item() for _, chosen in steps) / len(steps)
-    print(f"{len(steps)} forwards, {share:.1%} of positions recomputed", file=sys.stderr)
+    print(answer)
+    print(summary, file=sys.stderr)
+
+
+def run(args):
+    """The answer, and a line about the work, as the command line asks."""
+    require(args.gen_length >= 1, f"--gen-length is {args.gen_length}, should be at least 1")
+    require(args.delay >= 0, f"--delay is {args.delay}, should not be below 0")
+    arguments = decode_arguments(args)
+    tokenizer = load_tokenizer(args.model, args.revision)
+    prompt = encode_prompt(tokenizer, args.prompt)
+    model = Transformer.from_pretrained(args.model, args.device, args.dtype, args.revision)
+    if args.temperature > 0:
+        arguments["generator"] = torch.Generator(args.device).manual_seed(args.seed)
+    watched = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and not args.trace
+
+    before = None
+    recomputed = 0.0
+    for state in decode(model, prompt, args.gen_length, **arguments):
+        recomputed += state.chosen.float().mean().item()
+        if args.trace:
+            print(trace(before, state, settings(args.gen_length)["d2cache"]["sigma"], tokenizer))
+        if watched:
+            screen = draw_screen(before, state, tokenizer, recomputed / state.step)
+            print(f"\033[H{screen}\033[J", flush=True)
+            time.sleep(args.delay)
+        before = state
+
+    answer = decode_response(tokenizer, state.tokens[0, prompt.shape[1] :], model.config.end_ids)
+    share = recomputed / state.step
+    return answer, f"{state.step} forwards, {share:.1%} of positions recomputed"
+
+
+def decode_arguments(args):
+    """Arguments of `decode` for the policy, the order and the sampling that the command line names.
+
+    A policy of one's own decodes in d2Cache's order; in blocks, the order is that of confidence.
+    """
+    ours = settings(args.gen_length)
+    if args.policy in ours:
+        arguments = ours[args.policy]
+    else:
+        arguments = {"policy": load_policy(args.policy), "sigma": ours["d2cache"]["sigma"]}
+    if args.block_length is not None:
+        arguments |= {"block_length": args.block_length, "sigma": None}
+    arguments |= {"threshold": args.threshold, "temperature": args.temperature}
+    return arguments | {"stop_at_eos": args.stop_at_eos}
 
 
 if __name__ == "__main__":

@@ -121,7 +121,8 @@ def decode(
                 tensors = [
                     torch.tensor([x], **(floats if type(x[0]) is float else {})) for x in lists
                 ]
-                chosen = policy.choose(State(*tensors, slice(block.start, block.stop), step))
+                in_block = torch.tensor([[i in block for i in range(T)]])
+                chosen = policy.choose(State(*tensors, in_block, step))
                 positions = [i for i in range(T) if chosen[0, i]]
             to_predict = [i for i in positions if not known[i]]
             before = 1 if config.model_type == "Dream" else 0  # which row predicts a position
@@ -141,7 +142,7 @@ def decode(
             )
             fresh = [False] * T
             for rank, i in enumerate(ranked):
-                if rank >= tokens_per_step and (threshold is None or confidence[i] <= threshold):
+                if rank >= tokens_per_step and (threshold is None or confidence[i] < threshold):
                     continue
                 tokens[i], known[i], fresh[i] = predicted[i], True, True
             step += 1

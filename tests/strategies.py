@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 
 import torch
-from d2cache import D2Cache, DualCache, PrefixCache, RecomputeAll
+from d2cache import (
+    D2Cache,
+    DelayedCache,
+    DualCache,
+    PrefixCache,
+    RecomputeAll,
+    SlidingWindow,
+)
 from hypothesis import strategies as st
 from model import Config, Transformer
 
@@ -12,8 +19,7 @@ from model import Config, Transformer
 class AnySubset:
     """A policy without a plan: half of the positions, and the first masked one of the block.
 
-    It looks at its own sequence alone, and at how far that has come, not at the step: so it chooses
-    the same in company, where sequences with few candidates hold up the others.
+    Which half depends on the sequence and the step alone: so it chooses the same in company.
     """
 
     seed: int
@@ -22,11 +28,11 @@ class AnySubset:
     def choose(self, state):
         chosen = torch.zeros_like(state.known)
         for row, known in enumerate(state.known):
-            random = torch.Generator().manual_seed(1000 * self.seed + known.sum().item())
+            random = torch.Generator().manual_seed(1000 * self.seed + state.step)
             real = (known | state.masked[row]).nonzero()[:, 0]
             chosen[row, real] = torch.rand(len(real), generator=random) < 0.5
-            block = range(state.block.start, state.block.stop)
-            chosen[row, next((i for i in block if not known[i]), 0)] = True
+            to_decode = (state.block[row] & ~known).nonzero()[:, 0]
+            chosen[row, to_decode[:1]] = True
         return chosen
 
 
@@ -35,6 +41,8 @@ POLICIES = {
     "RecomputeAll": st.just(RecomputeAll()),
     "PrefixCache": st.just(PrefixCache()),
     "DualCache": st.just(DualCache()),
+    "DelayedCache": st.builds(DelayedCache, interval=st.integers(1, 4)),
+    "SlidingWindow": st.builds(SlidingWindow, width=st.integers(1, 5)),
     "D2Cache": st.builds(
         D2Cache,
         k=st.integers(1, 8),
@@ -152,25 +160,22 @@ class Decode:
 
 
 @st.composite
-def decodes(draw, config, most_sequences=3, waiting=False):
+def decodes(draw, config, most_sequences=3):
     """Prompts of 1 to 5 tokens, 1 to 3 blocks of 1 to 5 tokens (or no blocks), any step size.
 
     A prompt may hold [MASK], but not first: on a canvas of masks alone all positions are equal, and
-    round-off would choose among them. Unless `waiting`, no sequence is done with a block before the
-    others: a policy may count state.step.
+    round-off would choose among them.
     """
     id = st.integers(0, config.vocab_size - 1)
     first = id.map(lambda id: 0 if id == config.mask_token_id else id)
     row = st.builds(lambda id, ids: [id, *ids], first, st.lists(id, max_size=4))
     prompts = draw(st.lists(row, min_size=1, max_size=most_sequences))
     n_blocks, length = draw(st.sampled_from([2, 1, 3])), draw(st.sampled_from([4, 3, 5, 2, 1]))
-    block_length = draw(st.sampled_from([length, None]))
-    in_step = waiting or len(prompts) == 1 or block_length is None
     return Decode(
         prompts=prompts,
         gen_length=n_blocks * length,
-        block_length=block_length,
+        block_length=draw(st.sampled_from([length, None])),
         tokens_per_step=draw(st.sampled_from([1, 2, 3])),
         sigma=draw(st.sampled_from([None, 2.0, 0.5, 10.0])),
-        threshold=draw(st.sampled_from([None, 0.5, 0.9, 0.0] if in_step else [None])),
+        threshold=draw(st.sampled_from([None, 0.5, 0.9, 0.0])),
     )
