@@ -236,10 +236,11 @@ def choose_positions(policy, state, shifted):
         chosen = torch.ones_like(state.known)
     else:
         chosen = policy.choose(state)
-    name, shape = type(policy).__name__, tuple(state.known.shape)
-    require(torch.is_tensor(chosen), f"policy {name} chose {chosen!r}, should be a tensor")
-    said = f"policy {name} chose {tuple(chosen.shape)} {chosen.dtype}, should be {shape} torch.bool"
-    require(chosen.dtype == torch.bool and tuple(chosen.shape) == shape, said)
+    shape = tuple(state.known.shape)
+    said = f"policy {type(policy).__name__} chose a {type(chosen).__name__}"
+    require(torch.is_tensor(chosen), f"{said}, should be a {shape} tensor of booleans")
+    said = f"{said} {tuple(chosen.shape)} {chosen.dtype}, should be {shape} torch.bool"
+    require(chosen.dtype == torch.bool and chosen.shape == shape, said)
 
     unfinished = state.block.any(dim=1, keepdim=True)
     chosen = chosen & unfinished & (state.known | state.masked)
