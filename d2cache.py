@@ -491,6 +491,7 @@ def decode(
     check_sampling(temperature, generator, weight.device)
 
     P = prompt.shape[1]
+    forward = getattr(policy, "recompute", forward)  # which may decide more inside the pass
     state = blank_canvas(model, prompt, prompt_mask, gen_length)
     cache = KVCache(model.config, *state.tokens.shape, weight.device, weight.dtype)
     while True:
