@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from d2cache import (
     D2Cache,
+    DelayedCache,
     DualCache,
     PrefixCache,
     RecomputeAll,
@@ -43,6 +44,7 @@ LOGITS = tensors("llada_tiny_logits") | tensors("dream_logits", "dream_")
 UNITS, UNIT_RUNS = tensors("units"), runs("units")
 VANILLA, VANILLA_RUNS = tensors("vanilla_mlgsai"), runs("vanilla_mlgsai")
 FAST, FAST_RUNS = tensors("fastdllm"), runs("fastdllm")
+DKV, DKV_RUNS = tensors("relatives/dkv"), runs("relatives/dkv")
 PROMPTS, D2CACHE_RUNS = tensors("d2cache/prompts"), runs("d2cache/cases")
 
 LOGIT_CASES = ("b1_t5", "b1_t16", "b2_t33", "pad_b3_t12", "dream_b1_t5", "dream_b1_t16")
@@ -222,6 +224,16 @@ def test_every_policy_decodes_the_tokens_of_its_fast_dllm_function(case):
 def test_every_token_is_committed_by_the_same_forward_as_in_fast_dllm(case):
     _, calls = fast_dllm(case)
     assert torch.equal(calls.int(), FAST[f"{case}.call_of_token"])
+
+
+@pytest.mark.parametrize("case", DKV_RUNS)
+def test_delayed_cache_recomputes_and_decodes_what_the_official_dkv_cache_does(case):
+    run = DKV_RUNS[case]
+    policy, prompt = DelayedCache(run["cache_reloading_step"]), DKV[f"prompt.{run['prompt']}"]
+    states = list(decode(tiny(), prompt, run["gen_length"], run["block_length"], policy=policy))
+    rows = torch.cat([state.chosen for state in states])
+    assert torch.equal(rows, DKV[f"{case}.rows"])
+    assert torch.equal(states[-1].tokens, DKV[f"{case}.out"])
 
 
 class Replay:
