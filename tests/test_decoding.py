@@ -1,10 +1,21 @@
 """`generate` with every policy against vanilla decoding and against the oracle's decoder."""
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
-from d2cache import D2Cache, DualCache, RecomputeAll, State, decode, generate, unmask
+from d2cache import (
+    D2Cache,
+    DelayedCache,
+    DualCache,
+    PrefixCache,
+    RecomputeAll,
+    SlidingWindow,
+    State,
+    decode,
+    generate,
+    unmask,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -200,6 +211,46 @@ def test_tokens_are_drawn_with_the_generator_at_the_temperature():
     assert sample(0, 1e-6) == greedy != sample(0, 3.0) == sample(0, 3.0) != sample(1, 3.0)
 
 
+@pytest.mark.parametrize("policy", [RecomputeAll(), DualCache(), SlidingWindow()])
+def test_the_rollout_is_left_out_where_no_policy_uses_it(policy, monkeypatch):
+    monkeypatch.setattr("d2cache.attention_rollout", None)
+    for state in decode(SPEC.build(), prompts([[1, 2, 3]]), 8, 4, policy=policy):
+        assert (state.influence == 1).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_the_first_step_whose_logits_are_not_finite_is_refused(value):
+    """They once decoded to token 0, in silence."""
+    model = SPEC.build()
+    steps = decode(model, prompts([[1, 2, 3], [4, 5, 6]]), 8, policy=D2Cache(k=3))
+    assert next(steps).step == 1 and next(steps).step == 2
+    model.ff_out.weight[7] = value
+    with pytest.raises(ValueError, match="the logits of step 3 are not finite"):
+        next(steps)
+    with pytest.raises(ValueError, match="the logits of step 1 are not finite"):
+        next(decode(model, prompts([[1, 2, 3]]), 8))
+
+
+def test_numbers_too_large_for_half_precision_are_refused():
+    model = SPEC.build()
+    model.ff_out.weight.mul_(1e5)
+    generate(model, prompts([[1, 2, 3]]), 4)
+    with pytest.raises(ValueError, match="not finite: .* too large for their dtype"):
+        generate(model.half(), prompts([[1, 2, 3]]), 4)
+
+
+def test_a_response_ends_at_any_of_the_end_tokens_and_eos_follows():
+    model = SPEC.build()
+    prompt = prompts([[1, 2, 3]])
+    response = generate(model, prompt, 16)[0, 3:].tolist()
+    end = response[5]
+    eos = next(id for id in range(12) if id not in response)
+    model.config = replace(model.config, eos_token_id=eos, other_end_ids=(end,))
+    stopped = generate(model, prompt, 16, stop_at_eos=True)[0, 3:].tolist()
+    place = response.index(end)
+    assert stopped == response[: place + 1] + [eos] * (15 - place)
+
+
 @st.composite
 def states(draw):
     """Any canvas with an unfinished block in every sequence, reachable or not."""
@@ -248,6 +299,43 @@ def test_d2cache_chooses_candidates_nucleus_and_fresh_positions(state, k, p, sig
         attended = oracle.nucleus(state.influence[b].tolist(), p, known)
         fresh = [i for i in range(len(known)) if state.fresh[b, i]]
         assert {i for i in range(len(known)) if chosen[b, i]} == {*candidates, *attended, *fresh}
+
+
+@given(states(), st.integers(1, 6))
+def test_sliding_window_chooses_the_first_masked_positions_of_the_block(state, width):
+    chosen = SlidingWindow(width).choose(state)
+    for b, row in enumerate(chosen.tolist()):
+        to_decode = [i for i in range(len(row)) if state.block[b, i] and not state.known[b, i]]
+        fresh = [i for i in range(len(row)) if state.fresh[b, i]]
+        assert {i for i, c in enumerate(row) if c} == {*to_decode[:width], *fresh}
+
+
+@pytest.mark.parametrize(
+    "tokens_per_step, full", [(1, {1, 2, 4, 7, 9, 10, 12, 15}), (2, {1, 2, 3, 4, 5, 6, 7, 8})]
+)
+def test_delayed_cache_refreshes_in_two_steps_of_a_block_and_after_every_interval(
+    tokens_per_step, full
+):
+    settings = {"tokens_per_step": tokens_per_step, "policy": DelayedCache(3)}
+    steps = decode(SPEC.build(), prompts([[1, 2, 3]]), 16, 8, **settings)
+    assert {state.step for state in steps if state.chosen.all()} == full
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [RecomputeAll(), PrefixCache(), DualCache(), DelayedCache(), SlidingWindow(), D2Cache()],
+)
+def test_policies_print_as_they_are_made_and_cannot_be_changed(policy):
+    assert eval(repr(policy)) == policy
+    for field in fields(policy):
+        with pytest.raises(FrozenInstanceError):
+            setattr(policy, field.name, 1)
+
+
+def test_a_state_cannot_be_changed():
+    state = next(decode(SPEC.build(), prompts([[1, 2, 3]]), 4))
+    with pytest.raises(FrozenInstanceError):
+        state.step = 7
 
 
 class Lazy:
@@ -342,7 +430,10 @@ BAD_ARGUMENTS = [
     (dict(temperature=-1.0), "temperature is -1.0"),
     (dict(temperature=float("nan")), "temperature is nan"),
     (dict(temperature=float("inf")), "temperature is inf"),
-    (dict(temperature=0.5), "generator is None at temperature 0.5, should be a torch.Generator of device 'cpu'"),
+    (
+        dict(temperature=0.5),
+        "generator is None at temperature 0.5, should be a torch.Generator of device 'cpu'",
+    ),
     (dict(prompt_mask=torch.ones(1, 3)), r"prompt_mask \(1, 3\) should be \(1, 2\)"),
     (dict(prompt_mask=torch.ones(2)), r"prompt_mask \(2,\)"),
     (
@@ -391,6 +482,12 @@ def test_bad_arguments_are_named_with_their_value(arguments, message):
 def test_bad_settings_of_d2cache_are_named_with_their_value(arguments, message):
     with pytest.raises(ValueError, match=message):
         D2Cache(**arguments)
+
+
+@pytest.mark.parametrize("policy, name", [(SlidingWindow, "width"), (DelayedCache, "interval")])
+def test_a_window_and_an_interval_hold_at_least_one_position(policy, name):
+    with pytest.raises(ValueError, match=f"{name}=0.* {name} >= 1"):
+        policy(0)
 
 
 def test_an_empty_prompt_decodes():

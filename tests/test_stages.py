@@ -12,6 +12,7 @@ from d2cache import (
     nucleus,
     pack,
     predict,
+    rows_before,
     unpack,
 )
 from hypothesis import given
@@ -104,6 +105,17 @@ def test_rollout_is_the_product_of_T_by_T_matrices(drawn):
         torch.testing.assert_close(influence[b], expected, rtol=1e-9, atol=1e-9)
 
 
+def test_a_recomputed_row_hands_on_half_of_its_influence_in_every_layer():
+    """The README's example: T = 3, positions 0 and 2 recomputed, first by the last layer."""
+    first = torch.tensor([[[0.5, 0.25, 0.25], [0.0, 0.5, 0.5]]])
+    last = torch.tensor([[[0.5, 0.5, 0.0], [0.25, 0.25, 0.5]]])
+    positions, valid = torch.tensor([[0, 2]]), torch.tensor([[True, True]])
+    by_last = attention_rollout(last[None], positions, valid)
+    assert by_last.tolist() == [[0.875, 1.375, 0.75]]
+    by_both = attention_rollout(torch.stack([first, last]), positions, valid)
+    assert by_both.tolist() == [[0.65625, 1.671875, 0.671875]]
+
+
 @given(rollouts(), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
 def test_rollout_neither_makes_nor_loses_influence(drawn, dtype):
     """Also when rounding keeps the rows of a map from summing to one."""
@@ -165,6 +177,34 @@ def test_pack_lists_the_chosen_the_masked_first_and_repeats_only_to_fill(chosen,
         assert valid[b].tolist() == [True] * n + [False] * (Q - n)
 
 
+@given(bool_rows(), st.data())
+def test_unpack_puts_back_what_pack_put_first(chosen, data):
+    chosen = torch.tensor(chosen)
+    predicted = chosen & torch.tensor(data.draw(bool_rows(*chosen.shape)))
+    predicted[:, data.draw(st.integers(0, chosen.shape[1] - 1))] = True
+    chosen = chosen | predicted
+    R = int(predicted.sum(dim=1).max())
+    positions, _ = pack(chosen, predicted, int(chosen.sum(dim=1).max()))
+    place = torch.arange(chosen.shape[1]).expand_as(chosen)
+    assert torch.equal(unpack(positions[:, :R], predicted)[predicted], place[predicted])
+
+
+@given(st.data(), st.integers(1, 3), st.integers(2, 12))
+def test_the_row_before_is_that_of_the_position_before(data, B, T):
+    """Rows hold their own position as hidden state; a repeat of the first row never counts."""
+    predicted = torch.tensor(data.draw(bool_rows(B, T)))
+    chosen = predicted.clone()
+    chosen[:, :-1] |= predicted[:, 1:]
+    chosen[:, 0] = True
+    Q, R = int(chosen.sum(dim=1).max()), int(predicted.sum(dim=1).max())
+    positions, valid = pack(chosen, predicted, Q)
+    hidden = positions.where(valid, -1)[:, :, None].double()
+    before = rows_before(hidden, positions, valid, R, T)[:, :, 0].long()
+    for b in range(B):
+        expected = [max(i - 1, 0) for i in range(T) if predicted[b, i]]
+        assert before[b, : len(expected)].tolist() == expected
+
+
 CONFIG = replace(ModelSpec(1, 1, 1, 2, vocab_size=6, seed=0).config(), vocab_size=5)  # [MASK] is 3
 
 
@@ -208,3 +248,11 @@ def test_tokens_are_drawn_from_the_softmax_at_their_temperature(temperature):
     shares = torch.softmax(logits / temperature, dim=0)
     drawn = token[0].bincount(minlength=6) / n
     assert ((drawn - shares).abs() < 4 * (shares * (1 - shares) / n).sqrt() + 1e-9).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_of_logits_that_are_not_finite_has_no_confidence(value):
+    logits = torch.zeros(1, 2, 6)
+    logits[0, 1, 4] = value
+    confidence, _ = predict(logits, CONFIG)
+    assert confidence.isnan().tolist() == [[False, True]]
