@@ -1,6 +1,6 @@
 """`generate` with every policy against vanilla decoding and against the oracle's decoder."""
 
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -243,7 +243,7 @@ def test_a_response_ends_at_any_of_the_end_tokens_and_eos_follows():
     model = SPEC.build()
     prompt = prompts([[1, 2, 3]])
     response = generate(model, prompt, 16)[0, 3:].tolist()
-    end = response[5]
+    end = next(id for id in response if response.index(id) >= 2)
     eos = next(id for id in range(12) if id not in response)
     model.config = replace(model.config, eos_token_id=eos, other_end_ids=(end,))
     stopped = generate(model, prompt, 16, stop_at_eos=True)[0, 3:].tolist()
@@ -327,9 +327,9 @@ def test_delayed_cache_refreshes_in_two_steps_of_a_block_and_after_every_interva
 )
 def test_policies_print_as_they_are_made_and_cannot_be_changed(policy):
     assert eval(repr(policy)) == policy
-    for field in fields(policy):
+    for name in ("uses_attention", *vars(policy)):
         with pytest.raises(FrozenInstanceError):
-            setattr(policy, field.name, 1)
+            setattr(policy, name, 1)
 
 
 def test_a_state_cannot_be_changed():
