@@ -633,7 +633,7 @@ def roles(before, state):
 
 
 def places(positions):
-    """The positions of one sequence, (T,) bool, in words: "9: 0-6 11 13"."""
+    """How many positions of one sequence, (T,) bool, and which: "9: 0-6 11 13"; or "0"."""
     runs = []
     for i in positions.nonzero()[:, 0].tolist():
         if runs and i == runs[-1][1] + 1:
@@ -641,20 +641,32 @@ def places(positions):
         else:
             runs.append([i, i])
     words = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    if not words:
+        return "0"
     return " ".join([f"{positions.sum().item()}:", *words])
 
 
-def trace(before, state, sigma, tokenizer):
-    """A step of one sequence as a line: what it committed, how sure, and what it recomputed."""
+TRACE = "{:>4}  {:<30}  {:<14}  {:<8}  {}"
+TRACE_TITLES = ("step", "committed, confidence, prior", "candidates", "fresh", "attended")
+
+
+def trace(before, state, sigma, tokenizer, end_ids=()):
+    """A step of one sequence as a line: what it committed, how sure, and what it recomputed.
+
+    With end_ids, if decoding stops there, what was made EOS behind the end is only counted.
+    """
     role = {name: positions[0] for name, positions in roles(before, state).items()}
-    known_before = state.known & ~state.fresh
-    prior = certainty_prior(state.confidence, known_before, sigma)[0]
+    prior = certainty_prior(state.confidence, state.known & ~state.fresh, sigma)[0]
     commits = []
     for i in role["committed"].nonzero()[:, 0].tolist():
-        text = tokenizer.decode([state.tokens[0, i].item()], skip_special_tokens=False)
+        id = state.tokens[0, i].item()
+        text = tokenizer.decode([id], skip_special_tokens=False)
         commits.append(f"{i} {text!r} {state.confidence[0, i]:.3f} {prior[i]:.3f}")
-    reasons = (f"{name} {places(role[name])}" for name in ("candidates", "attended", "fresh"))
-    return f"{state.step:4d}  {', '.join(commits)}  |  {'  |  '.join(reasons)}"
+        if id in end_ids and not state.masked[0, :i].any():
+            commits.append(f"and {state.fresh[0, i + 1 :].sum()} behind it")
+            break
+    reasons = [places(role[name]) for name in ("candidates", "fresh", "attended")]
+    return TRACE.format(state.step, ", ".join(commits), *reasons)
 
 
 def draw_screen(before, state, tokenizer, share):
@@ -664,13 +676,16 @@ def draw_screen(before, state, tokenizer, share):
         for i in positions[0].nonzero()[:, 0].tolist():
             colour[i] = COLOURS[name]
 
-    screen = f"step {state.step}, {share:.1%} of the positions recomputed so far\n"
-    for name, code in COLOURS.items():
-        screen += f"\033[{code}m{name}\033[0m "
-    screen += "plain: from the cache\n\n"
+    screen = ""
     for i, (id, known) in enumerate(zip(state.tokens[0].tolist(), state.known[0].tolist())):
         text = tokenizer.decode([id], skip_special_tokens=False) if known else " _"
         screen += f"\033[{colour.get(i, 0)}m{text}\033[0m"
+
+    # Below the canvas: of one taller than the terminal the end stays in sight.
+    screen += f"\n\nstep {state.step}, {share:.1%} of the positions recomputed so far\n"
+    for name, code in COLOURS.items():
+        screen += f"\033[{code}m{name}\033[0m "
+    screen += "plain: from the cache"
     return screen.replace("\n", "\033[K\n")  # nothing is left of a longer line
 
 
@@ -696,18 +711,22 @@ def main():
     sys.stdout.reconfigure(errors="replace")  # not every terminal can show every answer
     try:
         answer, summary = run(args)
+        print(answer, flush=True)
+    except BrokenPipeError:  # who reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise  # a bug; out of memory is none
         parser.error(" ".join(str(error).split()))
-    print(answer)
     print(summary, file=sys.stderr)
 
 
 def run(args):
     """The answer, and a line about the work, as the command line asks."""
     require(args.gen_length >= 1, f"--gen-length is {args.gen_length}, should be at least 1")
-    require(args.delay >= 0, f"--delay is {args.delay}, should not be below 0")
+    require(0 <= args.delay < 60, f"--delay is {args.delay}, should be from 0 to 60 seconds")
+    require(0 <= args.seed < 2**63, f"--seed is {args.seed}, should be from 0 to 2**63 - 1")
     arguments = decode_arguments(args)
     tokenizer = load_tokenizer(args.model, args.revision)
     prompt = encode_prompt(tokenizer, args.prompt)
@@ -715,13 +734,17 @@ def run(args):
     if args.temperature > 0:
         arguments["generator"] = torch.Generator(args.device).manual_seed(args.seed)
     watched = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and not args.trace
+    sigma = settings(args.gen_length)["d2cache"]["sigma"]
+    end_ids = model.config.end_ids if args.stop_at_eos else ()
 
     before = None
     recomputed = 0.0
+    if args.trace:
+        print(TRACE.format(*TRACE_TITLES))
     for state in decode(model, prompt, args.gen_length, **arguments):
         recomputed += state.chosen.float().mean().item()
         if args.trace:
-            print(trace(before, state, settings(args.gen_length)["d2cache"]["sigma"], tokenizer))
+            print(trace(before, state, sigma, tokenizer, end_ids))
         if watched:
             screen = draw_screen(before, state, tokenizer, recomputed / state.step)
             print(f"\033[H{screen}\033[J", flush=True)
@@ -742,6 +765,8 @@ def decode_arguments(args):
     if args.policy in ours:
         arguments = ours[args.policy]
     else:
+        said = f"policy is {args.policy!r}, should be {', '.join(ours)} or FILE.py:Name(k=8)"
+        require(".py:" in args.policy, said)
         arguments = {"policy": load_policy(args.policy), "sigma": ours["d2cache"]["sigma"]}
     if args.block_length is not None:
         arguments |= {"block_length": args.block_length, "sigma": None}
