@@ -1,0 +1,142 @@
+"""Elastic-Cache, a guest in this house: a cache that goes on deciding inside the forward pass.
+
+d2Cache says before a pass which positions it recomputes. Elastic-Cache starts a pass with a few
+positions, watches in every layer how far the attention of some known ones has drifted since it was
+last computed, and once it has drifted too far, recomputes everything from the next layer on. So
+keys and values are not enough: to start in a deep layer takes the residual stream that entered it.
+A policy may bring its own forward pass, so neither model.py nor d2cache.py knows of this one.
+
+Paper: arXiv 2510.14973. Followed is the authors' code, of which the tests hold outputs. Shape
+letters as in model.py; n counts positions of a single sequence.
+"""
+
+from dataclasses import dataclass
+
+from d2cache import highest, rows_before
+from model import attend, require, rope, rotate
+
+import torch  # after model, which keeps its import quiet
+import torch.nn.functional as F
+
+
+@dataclass(eq=False)
+class ElasticCache:
+    """Recomputes W, the first masked positions, the fresh ones, and M, where W looked most.
+
+    width: so many positions are in W; only they are predicted. watch: so many a layer puts into M.
+    gamma: refresh below this similarity. over: it is a cosine over "heads", as in the code, or over
+    "keys", each row of attention by itself, as in the paper.
+    Layer 0 is never refreshed, as the first test comes behind it: so no gamma makes this exact; to
+    choose everything does. An object serves one decode at a time.
+    """
+
+    width: int = 16
+    gamma: float = 0.9
+    watch: int = 1
+    over: str = "heads"
+    uses_attention = False  # d2cache.py's rollout: this one looks for itself
+
+    def __post_init__(self):
+        require(self.width >= 1 and self.watch >= 1, f"{self} should have width and watch >= 1")
+        require(self.over in ("heads", "keys"), f"{self} should be over 'heads' or 'keys'")
+        self.cache = None  # of the decode under way
+        self.watched = torch.tensor(False)  # M by the last pass: (B, T), once there was one
+
+    def choose(self, state):
+        """W, the fresh positions and M.  (B, T) bool"""
+        self.masked = state.masked
+        return self.window | state.fresh | self.watched
+
+    @property
+    def window(self):
+        """W.  (B, T) bool"""
+        return self.masked & (self.masked.cumsum(dim=1) <= self.width)
+
+    def begin(self, cache, R, positions, padding, C, H):
+        """Room for what passes leave behind. The first one recomputes, and predicts, everything."""
+        L, B, T, G, D = cache.k.shape
+        self.cache = cache  # of k and v; beside them, of every layer and position:
+        self.x = cache.k.new_zeros(L + 1, B, T, C)  # the residual stream that enters layer l
+        self.q = cache.k.new_zeros(L, B, T, H, D)
+        self.masked = torch.zeros(B, T, dtype=torch.bool, device=positions.device)
+        self.masked.scatter_(1, positions[:, :R], True)
+        self.real = torch.ones_like(self.masked) if padding is None else ~padding
+        self.watched = torch.zeros_like(self.masked)
+        complete = positions.shape[1] == self.real.sum(dim=1).max()
+        require(complete, "an ElasticCache is in two decodes, should be in one at a time")
+
+    def recompute(self, model, cache, R, uses_attention, tokens, positions, valid, padding):
+        """In place of d2cache.recompute: logits (B, R, V), zeros where not in W; no influence.
+
+        What remains of the pass to be looked at: `recomputed`, the share of the layers in which each
+        position was, (B, T), and `similarity`, (L, B), nan where it was not tested.
+        """
+        if cache is not self.cache:
+            config = model.config
+            self.begin(cache, R, positions, padding, config.d_model, config.n_heads)
+        self.rows = self.real.new_zeros(len(model.blocks), *tokens.shape)  # (L, B, T)
+        self.similarity = torch.full(self.rows.shape[:2], torch.nan)
+        self.x[0] = model.wte(tokens)
+
+        watched = torch.zeros_like(self.watched)
+        for b in valid.any(dim=1).nonzero()[:, 0].tolist():  # each drifts by itself
+            watched[b] = self.one_pass(model, b, positions[b, valid[b]])
+        self.watched = watched
+        self.recomputed = self.rows.float().mean(dim=0)
+
+        sequences = torch.arange(len(tokens), device=tokens.device)[:, None]
+        hidden = self.x[-1][sequences, positions]  # (B, T, C) -> (B, Q, C)
+        if model.config.shifted:
+            hidden = rows_before(hidden, positions, valid, R, tokens.shape[1])
+        predicted = self.window.gather(1, positions[:, :R])  # in the first pass there are more
+        return model.head(hidden[:, :R]).where(predicted[:, :, None], 0), None
+
+    def one_pass(self, model, b, rows):
+        """All layers of sequence b, from the rows (n,) asked for.  -> its next M, (T,) bool"""
+        real = self.real[b]
+        known = real & ~self.masked[b]
+        watched = torch.zeros_like(known)
+        drifted = False
+        for layer, block in enumerate(model.blocks):
+            if drifted:
+                rows = real.nonzero()[:, 0]  # most of their x are from the cache, at first
+            self.rows[layer, b, rows] = True
+
+            before = self.attention(layer, b, self.watched[b])  # A0
+            self.one_layer(block, layer, b, rows, model.config)
+            after = self.attention(layer, b, self.watched[b])  # A1
+            if not drifted and self.watched[b].any():
+                axis = 0 if self.over == "heads" else 2
+                similarity = F.cosine_similarity(before, after, dim=axis).mean().item()
+                self.similarity[layer, b] = similarity
+                drifted = similarity < self.gamma
+
+            looked_at = self.attention(layer, b, self.window[b]).sum(dim=(0, 1))
+            looked_at = F.pad(looked_at, (len(real) - len(looked_at), 0))  # the padding, by nobody
+            watched |= highest(looked_at[None], known[None], self.watch)[0]
+        return watched
+
+    def one_layer(self, block, layer, b, rows, config):
+        """model.Block on the rows of a sequence: their x of the next layer; keeps q, k and v."""
+        heads = (-1, config.head_dim)
+        x = self.x[layer, b, rows][None]  # (1, n, C)
+        h = block.attn_norm(x)
+        cos, sin = rope(rows[None], config, torch.promote_types(x.dtype, torch.float32))
+        q = rotate(block.q_proj(h).unflatten(-1, heads), cos, sin)  # (1, n, C) -> (1, n, H, D)
+        k = rotate(block.k_proj(h).unflatten(-1, heads), cos, sin)  # -> (1, n, G, D)
+        self.q[layer, b, rows] = q[0]
+        self.cache.k[layer, b, rows] = k[0]
+        self.cache.v[layer, b, rows] = block.v_proj(h).unflatten(-1, heads)[0]
+
+        K = self.cache.k[layer, b, self.real[b]]  # (T, G, D) but for padding
+        V = self.cache.v[layer, b, self.real[b]]
+        x = x + block.attn_out(attend(q, K[None], V[None]).flatten(2))
+        self.x[layer + 1, b, rows] = (x + block.mlp(block.ff_norm(x)))[0]
+
+    def attention(self, layer, b, chosen):
+        """softmax(q K^T / sqrt(D)) of what is cached now, each head apart.  (T,) -> (H, n, T)"""
+        q = self.q[layer, b, chosen].transpose(0, 1)  # (n, H, D) -> (H, n, D)
+        k = self.cache.k[layer, b, self.real[b]]
+        k = k.repeat_interleave(len(q) // k.shape[1], dim=1)  # one for each query head
+        scores = q @ k.permute(1, 2, 0) / q.shape[2] ** 0.5  # -> (H, n, T)
+        return torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
