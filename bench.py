@@ -1,25 +1,28 @@
-"""Quality and speed of every policy, as two tables: `python bench.py`.
+"""Quality and speed of every policy, as tables: `python bench.py`.
 
-Quality: the embedded model solves word problems it has not seen. Score, agreement with exact
-decoding in the same order, and how many positions were recomputed for it; with two controls that
-cost the same and replace one stage of d2Cache by chance. Speed: random weights at a size that suits
-the device, beside the floor: the time that reading the weights or the arithmetic takes at the rates
-measured here. With --model, the speed of a real checkpoint, and with --data too, its score.
+Quality: the embedded model solves word problems it has not seen, under every policy in the order
+that it was made for, then under controls that replace or leave out a part of d2Cache. Speed: random
+weights at a size that suits the device, beside the floor: the time that reading the weights or the
+arithmetic takes at the rates measured here. With --model, the speed of a real checkpoint, and with
+--data too, its score.
 """
 
 import argparse
-import itertools
 import json
 import math
+import os
 import re
 import statistics
+import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
-from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, ask, attention_rollout, best
-from d2cache import certainty_prior, generate, pack, predict, recompute, settings
+from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, attention_rollout, certainty_prior
+from d2cache import choose_positions, count_rows, decode, highest, load_policy, pack, predict
+from d2cache import recompute, settings
 from model import Config, KVCache, Transformer, decode_response, encode_prompt
 from model import load_tokenizer, require
 
@@ -27,14 +30,29 @@ import torch  # after model, which keeps its import quiet
 import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
 
-RUNS, LONG_RUN = 3, 5.0  # time so many decodes, but only one if it takes longer (seconds)
-QUALITY_LENGTH = 64  # the response for which the embedded model is trained
-PROBLEMS = EMBEDDED_MODEL / "problems.jsonl"
+# ---- Settings ------------------------------------------------------------------------------------
 
-QUALITY = ("policy", "exact match", "same text", "forwards", "recomputed")
-SPEED = ("policy", "forwards", "recomputed", "ms per step", "tokens/s", "speed-up")
-SPEED += ("floor ms", "x floor", "peak GiB", "runs")
-PERCENT = ("exact match", "same text", "recomputed")
+PROBLEMS = EMBEDDED_MODEL / "problems.jsonl"
+QUALITY_LENGTH = 64  # the response for which the embedded model is trained
+THRESHOLDS = (0.9, 0.6)
+
+RUNS = 3  # time so many decodes,
+LONG_RUN = 5.0  # but no further one after so many seconds
+FEW = 4  # steps of vanilla that are timed where they are slow, as they are all alike
+CURVE_PROMPTS = (128, 384, 1024)
+CURVE_STEPS = {"vanilla": 3, "d2cache": 12}  # timed for the curve, of so many
+
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "float64": torch.float64,
+}  # fmt: skip
+
+FORMATS = {  # how the tables print a column
+    "exact match": "{:.1%}", "pass@1": "{:.1%}", "standard error": "{:.1%}", "strict": "{:.1%}",
+    "same text": "{:.1%}", "tokens per forward": "{:.2f}", "reused": "{:.1%}",
+    "ms per step": "{:.2f}", "tokens/s": "{:.2f}", "speed-up": "{:.2f}", "floor ms": "{:.2f}",
+    "x floor": "{:.2f}", "peak GiB": "{:.2f}", "vanilla ms": "{:.2f}", "d2Cache ms": "{:.2f}",
+}  # fmt: skip
 
 LLADA_8B_SHAPE = Config(
     d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288,
@@ -47,67 +65,183 @@ CPU_SHAPE = replace(  # an eighth as wide and a quarter as deep
 )  # fmt: skip
 LLADA_8B_BYTES = 22e9  # weights 16 GB, cache 2.1, the first step's maps 2.1, and what is fleeting
 
+# ---- Scores --------------------------------------------------------------------------------------
 
-class CudaGraphs:
-    """Replays `recompute` as CUDA graphs: one launch for the model's thousand.
+# Two scores, where they differ. Strict is lm-evaluation-harness's strict-match and OpenAI's own
+# grader: the first "#### n" counts, and nothing else. Flexible takes the first n behind "####", in
+# "\boxed{n}" or "answer is n", in this order, and without any of them the last number, which is
+# what the harness's flexible-extract always takes. Both compare numbers: 29 is 29.00.
+MARKS = (r"####", r"\\boxed\s*\{", r"\banswer(?: is:?|:)")
+# A sign; a currency; digits in thousands or not. The minus of "3-5" is no sign.
+NUMBER = (
+    r"((?<![\w)\]}%.\-])[-\u2212])?"
+    r"(?:\\?[$€£¥])?"
+    r"(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\w.])\.\d+)"
+)
 
-    A graph fixes sizes and addresses. So Q and R are rounded up to multiples of `bucket` (more
-    repeats change results by round-off at most), each pair gets a graph when it first occurs, and
-    all decodes of one shape share a cache, which stays as long as this object.
+
+def final_number(text):
+    """The Decimal that an answer comes to, by the flexible rule above; None without any number."""
+    text = text.replace("{,}", ",")  # LaTeX's thousands
+    for mark in MARKS:
+        found = re.search(mark + r"[\s*]*" + NUMBER, text, re.IGNORECASE)
+        if found:
+            return as_number(*found.groups())
+    numbers = re.findall(NUMBER, text)
+    return as_number(*numbers[-1]) if numbers else None
+
+
+def strict_number(text):
+    """The Decimal behind the first "#### ", by the strict rule above; None without it."""
+    found = re.search(r"#### (-?[0-9.,]+)", text)
+    return final_number(found[1]) if found else None
+
+
+def as_number(sign, digits):
+    """("-" or nothing, "1,234.5") -> Decimal"""
+    number = Decimal(digits.replace(",", ""))
+    return -number if sign else number
+
+
+@dataclass(frozen=True)
+class Program:
+    """The answer to an MBPP task: what a program must pass, and the solution that the file has."""
+
+    setup: str
+    tests: tuple
+    code: str | None
+
+
+def read_problems(path, n):
+    """The first n problems of a JSON-lines file, (question, answer) pairs; an MBPP answer is a Program.
+
+    Raises ValueError that names the line and what is wrong with it.
     """
+    try:
+        content = Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as UTF-8 ({error})") from error
 
-    def __init__(self, model, bucket=32):
-        self.model, self.bucket = model, bucket
-        self.caches, self.graphs, self.pool = {}, {}, None
+    problems = []
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", content), 1):  # U+2028 ends no line
+        if line.strip() and len(problems) < n:
+            problems.append(read_problem(line, f"{path}, line {number}"))
+    require(problems, f"{path}: holds no problems")
 
-    def round_up(self, positions, valid, R, T):
-        """What `pack` gives, for the sizes of a graph."""
-        Q, R = (min(T, math.ceil(n / self.bucket) * self.bucket) for n in (positions.shape[1], R))
-        more = Q - positions.shape[1]
-        repeats = positions[:, :1].expand(-1, more)
-        return torch.cat([positions, repeats], dim=1), F.pad(valid, (0, more)), R
+    programs = [isinstance(answer, Program) for _, answer in problems]
+    said = f'{path}: mixes "answer" and "test_list", should have one of them in every line'
+    require(all(programs) or not any(programs), said)
+    return problems
 
-    def cache(self, B, T):
-        if (B, T) not in self.caches:
-            weight, config = self.model.wte.weight, self.model.config
-            self.caches[B, T] = KVCache(config, B, T, weight.device, weight.dtype)
-        return self.caches[B, T]
 
-    def recompute(self, model, cache, R, uses_attention, tokens, positions, valid, padding):
-        (B, Q), T = positions.shape, tokens.shape[1]
-        if uses_attention and Q == T:  # a graph would keep its T x T maps
-            return recompute(model, cache, R, uses_attention, tokens, positions, valid, padding)
-        positions, valid, rows = self.round_up(positions, valid, R, T)
-        inputs = [x for x in (tokens, positions, valid, padding) if x is not None]
-        kind = (B, T, positions.shape[1], rows, uses_attention, len(inputs))
-        if kind not in self.graphs:
-            own = [tensor.clone() for tensor in inputs]
-            run = partial(recompute, model, cache, rows, uses_attention, *own)
-            self.graphs[kind] = own, *self.capture(run)
-        own, graph, outputs = self.graphs[kind]
-        for tensor, value in zip(own, inputs):
-            tensor.copy_(value)
-        graph.replay()
-        logits, influence = outputs
-        return logits[:, :R], influence
+def read_problem(line, where):
+    """One line as (question, answer)."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: no JSON ({error})") from error
+    require(isinstance(record, dict), f"{where}: {shown(record)} is no JSON object")
 
-    def capture(self, run):
-        """A graph of what run() launches, and the tensors that a replay leaves its results in."""
-        graph, device = torch.cuda.CUDAGraph(), self.model.wte.weight.device
-        # Sharing memory is safe: the results of one graph are used up before the next is replayed.
-        with torch.cuda.device(device):
-            run()  # what kernels do when they are first used cannot be captured
-            with torch.cuda.graph(graph, pool=self.pool):
-                outputs = run()
-        self.pool = graph.pool()
-        return graph, outputs
+    if "test_list" in record:
+        return read_program(record, where)
+    question = text_of(record, "question", where)
+    answer = text_of(record, "answer", where)
+    said = f"{where}: the answer is {shown(answer)}, should end in #### and a number"
+    require(final_number(answer) is not None, said)
+    return question, answer
+
+
+def read_program(record, where):
+    """A line of MBPP, full ("text") or sanitised ("prompt"), as (question, Program).
+
+    The question is lm-evaluation-harness's: the task, then the tests.
+    """
+    task = text_of(record, "prompt" if "text" not in record else "text", where)
+    tests = record["test_list"]
+    fits = isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests)
+    require(fits, f"{where}: test_list is {shown(tests)}, should be a list of texts")
+    imports = record.get("test_imports") or []
+    setup = "\n".join([*imports, record.get("test_setup_code") or ""])
+    code = text_of(record, "code", where) if "code" in record else None
+
+    listed = "\n".join(tests)
+    question = (
+        f"You are an expert Python programmer, and here is your task: {task} "
+        f"Your code should pass these tests:\n\n{listed}\n[BEGIN]\n"
+    )
+    return question, Program(setup, tuple(tests), code)
+
+
+def text_of(record, key, where):
+    """record[key] if that is a text with something in it, else ValueError."""
+    require(key in record, f'{where}: has no "{key}"')
+    value = record[key]
+    said = f"{where}: {key} is {shown(value)}, should be text"
+    require(isinstance(value, str) and value.strip(), said)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {key} holds half a character ({error.reason})") from error
+    return value
+
+
+def shown(value):
+    """A value of a JSON file, cut to what fits into a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def with_examples(examples, question):
+    """The prompt: worked examples, if any, before the question, as lm-evaluation-harness has them.
+
+    GSM8K: "Question: ...\nAnswer: ..." turns with an empty line between them, the last one open;
+    without examples the question alone. MBPP: tasks that end in "[BEGIN]\n", solutions in
+    "\n[DONE]", an empty line between. All of it is the user's one turn in a chat template.
+    """
+    turns = []
+    for asked, answer in examples:
+        if isinstance(answer, Program):
+            turns.append(f"{asked}{answer.code}\n[DONE]\n\n")
+        else:
+            turns.append(f"Question: {asked}\nAnswer: {answer}\n\n")
+    if turns and not isinstance(examples[0][1], Program):
+        question = f"Question: {question}\nAnswer:"
+    return "".join(turns) + question
+
+
+def code_of(text):
+    """The program in an answer: up to [DONE], and of that the first ``` block if there is one."""
+    text = text.partition("[DONE]")[0].replace("[BEGIN]", "")
+    fenced = re.search(r"```[^\n]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    return fenced[1] if fenced else text
+
+
+def is_right(text, answer):
+    """Whether a response is right, and whether it is so strictly.  2 x bool"""
+    if isinstance(answer, Program):
+        sys.path.append(str(EMBEDDED_MODEL.parent))
+        from run_code import passes  # here alone: it executes what a model wrote
+
+        right = passes(answer.setup + "\n" + code_of(text), answer.tests)
+        return right, right
+    said = text.partition("Question:")[0]  # a base model may go on with a question of its own
+    number = final_number(answer)
+    return final_number(said) == number, strict_number(said) == number
+
+
+def standard_error(share, n):
+    """Of the share of n problems that were solved: sqrt(p (1 - p) / n)."""
+    return math.sqrt(share * (1 - share) / n)
+
+
+# ---- Quality -------------------------------------------------------------------------------------
 
 
 class RandomStage1(D2Cache):
     """Control: as many masked positions as d2Cache takes, but any."""
 
     def about_to_be_decoded(self, state):
-        return best(torch.rand_like(state.confidence), state.masked, self.k)
+        return highest(torch.rand_like(state.confidence), state.masked, self.k)
 
 
 class RandomStage2(D2Cache):
@@ -115,102 +249,150 @@ class RandomStage2(D2Cache):
 
     def attended(self, state):
         n = super().attended(state).sum(dim=1, keepdim=True)
-        return best(torch.rand_like(state.confidence), state.known, n)
+        return highest(torch.rand_like(state.confidence), state.known, n)
 
 
-def quality_rows(gen_length):
-    """(name, arguments of `generate`); every exact decoding comes before those that imitate it."""
-    ours = settings(gen_length)
-    d2cache, blocks = ours["d2cache"], {"block_length": ours["dual"]["block_length"]}
-    k, p, sigma = d2cache["policy"].k, d2cache["policy"].p, d2cache["sigma"]
-    prior = {"sigma": sigma}
+class WithoutStage2(D2Cache):
+    """Control: of the known positions only those just decoded."""
+
+    uses_attention = False
+
+    def attended(self, state):
+        return torch.zeros_like(state.known)
+
+
+def both_orders(name, policy, gen_length, block_length):
+    """(name, arguments of `decode`) in the order of the prior, and in that of confidence in blocks."""
+    prior = {"sigma": settings(gen_length)["d2cache"]["sigma"]}
+    blocks = {"block_length": block_length}
     return [
-        ("vanilla, by confidence", {}),
-        ("vanilla, in blocks", blocks),
-        ("vanilla, by certainty prior", prior),
-        ("prefix cache, in blocks", ours["prefix"]),
-        ("dual cache, in blocks", ours["dual"]),
-        ("d2Cache", d2cache),
-        ("  with stage 1 at random", prior | {"policy": RandomStage1(k, p, sigma)}),
-        ("  with stage 2 at random", prior | {"policy": RandomStage2(k, p, sigma)}),
-        ("vanilla, threshold 0.9", prior | {"threshold": 0.9}),
-        ("d2Cache, threshold 0.9", d2cache | {"threshold": 0.9}),
-        ("vanilla, threshold 0.6", prior | {"threshold": 0.6}),
-        ("d2Cache, threshold 0.6", d2cache | {"threshold": 0.6}),
+        (f"{name}, by prior", prior | {"policy": policy}),
+        (f"{name}, in blocks", blocks | {"policy": policy}),
     ]
 
 
-def read_problems(path, n):
-    """The first n (question, answer) pairs of a JSON-lines file; ValueError names a bad line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()[:n]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable ({error})") from error
-    problems = []
-    for number, line in enumerate(lines, 1):
-        try:
-            problem = json.loads(line)
-            question, answer = problem["question"], problem["answer"]
-        except (ValueError, KeyError, TypeError) as error:
-            shape = '{"question": ..., "answer": ...}'
-            raise ValueError(f"{path}, line {number}: should be {shape}") from error
-        said = f"{path}, line {number}: the answer is {answer!r}, should end in #### and a number"
-        require(final_number(answer) is not None, said)
-        problems.append((question, answer))
-    require(problems, f"{path}: holds no problems")
-    return problems
+def quality_rows(gen_length, block_length=None):
+    """(name, arguments of `decode`); vanilla, which is exact, comes first in every order."""
+    ours = settings(gen_length)
+    if block_length is None:
+        block_length = ours["dual"]["block_length"]
+    blocks = {"block_length": block_length}
+    prior = {"sigma": ours["d2cache"]["sigma"]}
+    d2cache = ours["d2cache"]["policy"]
+    parts = vars(d2cache)  # k, p, sigma
+
+    def orders(name, policy):
+        return both_orders(name, policy, gen_length, block_length)
+
+    rows = [
+        ("vanilla, by confidence", {}),
+        ("vanilla, in blocks", blocks),
+        ("vanilla, by prior", prior),
+        ("prefix cache, in blocks", ours["prefix"] | blocks),
+        ("dual cache, in blocks", ours["dual"] | blocks),
+        ("delayed cache, in blocks", ours["delayed"] | blocks),
+    ]
+    rows += orders("sliding window", ours["window"]["policy"])
+    rows += orders("d2Cache", d2cache)
+    rows += [("  stage 1 at random, by prior", prior | {"policy": RandomStage1(**parts)})]
+    rows += orders("  stage 2 at random", RandomStage2(**parts))
+    rows += orders("  without stage 2", WithoutStage2(**parts))
+    for threshold in THRESHOLDS:
+        parallel = prior | {"threshold": threshold}
+        rows.append((f"vanilla, threshold {threshold}", parallel))
+        rows.append((f"d2Cache, threshold {threshold}", parallel | {"policy": d2cache}))
+    return rows
 
 
-def final_number(text):
-    """The number after "####", GSM8K's mark of the answer, else the last one; None without any."""
-    before, mark, after = text.partition("####")
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", after if mark else before)
-    return numbers[0 if mark else -1].replace(",", "") if numbers else None
+def left_padded(prompts):
+    """Prompts (P,) of different length as one tensor, and its mask.  -> 2 x (B, longest P)"""
+    longest = max(len(prompt) for prompt in prompts)
+    padded = [F.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts]
+    real = [F.pad(torch.ones_like(prompt), (longest - len(prompt), 0)) for prompt in prompts]
+    return torch.stack(padded), torch.stack(real)
 
 
-def decode(model, prompt, gen_length, arguments):
-    """Tokens on the host, and the (state, chosen) of every step."""
-    steps = []
-    arguments = arguments | {"on_step": lambda state, chosen: steps.append((state, chosen))}
-    return generate(model, prompt, gen_length, **arguments).cpu(), steps
+def work_done(states):
+    """Forwards of each sequence, and its mean share of positions recomputed in them.  2 x (B,)"""
+    chosen = torch.stack([state.chosen for state in states])  # (S, B, T)
+    forwards = chosen.any(dim=2).sum(dim=0)  # a finished sequence chooses nothing
+    positions = torch.full_like(forwards, chosen.shape[2])
+    if states[0].padding is not None:
+        positions = positions - states[0].padding.sum(dim=1)
+    return forwards, chosen.sum(dim=(0, 2)) / (forwards * positions)
 
 
-def solve(model, tokenizer, questions, gen_length, arguments, progress):
-    """Texts of the responses, forwards of a decode, and the share of positions recomputed.
-
-    Neighbours with prompts of equal length decode as one batch.
-    """
-    texts, forwards, shares = [], [], []
-    prompts = [encode_prompt(tokenizer, question) for question in questions]
-    for length, same_length in itertools.groupby(prompts, key=lambda prompt: prompt.shape[1]):
-        tokens, steps = decode(model, torch.cat(list(same_length)), gen_length, arguments)
-        for response in tokens[:, length:]:
-            texts.append(decode_response(tokenizer, response, model.config.eos_token_id))
-        chosen = torch.stack([chosen for _, chosen in steps])  # (S, B, T)
-        own = chosen.any(dim=2).sum(dim=0)  # steps in which a sequence did not wait for others
-        forwards += own.tolist()
-        shares += (chosen.float().mean(dim=2).sum(dim=0) / own).tolist()
-        progress.update(len(tokens))
+def solve(model, tokenizer, questions, gen_length, arguments, progress, batch=32):
+    """Texts of the responses, mean forwards of a decode, mean share of positions recomputed."""
+    prompts = [encode_prompt(tokenizer, question)[0] for question in questions]
+    texts = []
+    forwards = []
+    shares = []
+    for start in range(0, len(prompts), batch):
+        prompt, mask = left_padded(prompts[start : start + batch])
+        states = list(decode(model, prompt, gen_length, prompt_mask=mask, **arguments))
+        for response in states[-1].tokens[:, prompt.shape[1] :]:
+            texts.append(decode_response(tokenizer, response, model.config.end_ids))
+        own_forwards, own_shares = work_done(states)
+        forwards += own_forwards.tolist()
+        shares += own_shares.tolist()
+        progress.update(len(prompt))
     return texts, statistics.mean(forwards), statistics.mean(shares)
 
 
-def measure_quality(model, tokenizer, problems, gen_length):
-    """Rows of the quality table, dicts by column; and d2Cache's answer to the first problem."""
-    questions, answers = zip(*problems)
-    numbers = [final_number(answer) for answer in answers]
-    rows, exact, sample, plan = [], {}, None, quality_rows(gen_length)
+def quality_row(name, score, marks, texts, reference, gen_length, forwards, share):
+    """A row of the quality table.
+
+    marks: (right, strictly right) of each text; reference: the texts of exact decoding in the same
+    order, None if these are they; forwards, share: means over the texts.
+    """
+    right = statistics.mean(flexible for flexible, _ in marks)
+    same = None
+    if reference is not None:
+        same = statistics.mean(text == other for text, other in zip(texts, reference))
+    return {
+        "policy": name,
+        score: right,
+        "standard error": standard_error(right, len(marks)),
+        "strict": statistics.mean(strict for _, strict in marks),
+        "same text": same,
+        "tokens per forward": gen_length / forwards,
+        "reused": 1 - share,
+    }
+
+
+def measure_quality(model, tokenizer, problems, gen_length, plan, sampled, batch=32):
+    """Rows of the quality table; and what each row of the plan answers to the first problem.
+
+    problems: (prompt, answer); plan: (name, arguments of `decode`) as of quality_rows; sampled():
+    the arguments that draw tokens, anew for every row.
+    """
+    prompts, answers = zip(*problems)
+    score = "pass@1" if isinstance(answers[0], Program) else "exact match"
+    rows = []
+    samples = {}
+    exact = {}  # texts by order
     with tqdm(total=len(plan) * len(problems), desc="quality", unit="decode") as progress:
         for name, arguments in plan:
-            torch.manual_seed(0)  # of the controls
-            texts, *work = solve(model, tokenizer, questions, gen_length, arguments, progress)
+            drawn = arguments | sampled()
+            texts, forwards, share = solve(
+                model, tokenizer, prompts, gen_length, drawn, progress, batch
+            )
+            samples[name] = texts[0]
             order = tuple(arguments.get(key) for key in ("block_length", "sigma", "threshold"))
-            reference = exact.setdefault(order, texts)  # vanilla comes first in every order
-            right = [final_number(text) == number for text, number in zip(texts, numbers)]
-            same = [text == other for text, other in zip(texts, reference)]
-            agreement = None if texts is reference else statistics.mean(same)
-            sample = texts[0] if name == "d2Cache" else sample
-            rows.append(dict(zip(QUALITY, (name, statistics.mean(right), agreement, *work))))
-    return rows, sample
+            reference = exact.get(order)
+            exact.setdefault(order, texts)
+            marks = [is_right(text, answer) for text, answer in zip(texts, answers)]
+            rows.append(
+                quality_row(name, score, marks, texts, reference, gen_length, forwards, share)
+            )
+    if all(row["strict"] == row[score] for row in rows):
+        for row in rows:
+            del row["strict"]
+    return rows, samples
+
+
+# ---- Speed ---------------------------------------------------------------------------------------
 
 
 def random_model(config, device, dtype):
@@ -240,7 +422,7 @@ def timed(function):
     return time.perf_counter() - start, result
 
 
-def least_seconds(function, repeats=10):
+def least_seconds(function, repeats):
     """The shortest time that a function took, after a warm-up."""
     function()
     return min(timed(function)[0] for _ in range(repeats))
@@ -250,233 +432,628 @@ def machine_rates(device, dtype):
     """Bytes/s of a copy, read and written, and FLOP/s of a matrix product, as measured now."""
     n = 8192 if device.startswith("cuda") else 2048
     source = torch.randn(4 * n, n, device=device, dtype=dtype)
-    target, square = torch.empty_like(source), source[:n]
-    copy = least_seconds(lambda: target.copy_(source))
-    product = least_seconds(lambda: square @ square)
+    target = torch.empty_like(source)
+    square = source[:n]
+    copy = least_seconds(lambda: target.copy_(source), repeats=10)
+    product = least_seconds(lambda: square @ square, repeats=10)
     return 2 * source.nbytes / copy, 2 * n**3 / product
 
 
-def floor_seconds(model, steps, rates):
+def row_counts(states):
+    """(Q, R) of every step: the rows it recomputed, in all sequences, and those it predicted."""
+    counts = []
+    for state in states:
+        predicted = state.chosen & (state.masked | state.fresh)  # masked before this step's commit
+        counts.append((state.chosen.sum().item(), predicted.sum().item()))
+    return counts
+
+
+def floor_seconds(model, T, counts, rates):
     """Mean over steps of the least each can take: to read all weights, or for the arithmetic."""
-    config, (bandwidth, flops), T = model.config, rates, steps[0][1].shape[1]
+    config = model.config
+    bandwidth, flops = rates
     in_blocks = sum(weight.numel() for weight in model.blocks.parameters())
     in_head = model.wte.weight.numel()
     in_attention = 2 * config.n_layers * config.d_model * T  # query x key, weight x value
-    read = (in_blocks + in_head) * model.wte.weight.element_size()
+    reading = (in_blocks + in_head) * model.wte.weight.element_size() / bandwidth
     seconds = []
-    for state, chosen in steps:
-        masked = chosen & (state.masked | state.fresh)  # before this step's commit
-        Q, R = chosen.sum().item(), masked.sum().item()
+    for Q, R in counts:
         work = 2 * ((in_blocks + in_attention) * Q + in_head * R)
-        seconds.append(max(read / bandwidth, work / flops))
+        seconds.append(max(reading, work / flops))
     return statistics.mean(seconds)
 
 
-def time_decode(model, prompt, gen_length, arguments):
-    """Seconds of each timed decode, and its steps; on a GPU as replays, captured beforehand."""
-    if prompt.is_cuda:
-        arguments = arguments | {"graphs": CudaGraphs(model)}
+def cache_bytes(config, B, T, element_size):
+    """What keys and values of all positions take: 2 L B T G D numbers."""
+    return 2 * config.n_layers * B * T * config.n_kv_heads * config.head_dim * element_size
+
+
+def allocated_bytes(cache):
+    """What a cache holds of the device's memory."""
+    storages = [tensor.untyped_storage() for tensor in (cache.k, cache.v)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was measured of a policy's decodes."""
+
+    policy: str
+    seconds: list  # of each decode
+    steps: int  # in a decode, as timed
+    share: float  # of positions recomputed
+    floor: float  # seconds a step
+    peak: int | None = None  # bytes of GPU memory
+
+
+def speed_rows(timings, batch):
+    """Rows of the speed table, at one token per step and sequence; the first one sets the pace."""
+    rows = []
+    for timing in timings:
+        step = statistics.median(timing.seconds) / timing.steps
+        rate = batch / step
+        first = rows[0]["tokens/s"] if rows else rate
+        peak = None if timing.peak is None else timing.peak / 2**30
+        rows.append(
+            {
+                "policy": timing.policy,
+                "reused": 1 - timing.share,
+                "ms per step": 1000 * step,
+                "tokens/s": rate,
+                "speed-up": rate / first,
+                "floor ms": 1000 * timing.floor,
+                "x floor": step / timing.floor,
+                "peak GiB": peak,
+                "runs": len(timing.seconds),
+            }
+        )
+    return rows
+
+
+def speed_plan(gen_length, block_length=None):
+    """(name, arguments of `decode`), vanilla first."""
+    plan = []
+    for name, arguments in settings(gen_length).items():
+        if block_length is not None and "block_length" in arguments:
+            arguments = arguments | {"block_length": block_length}
+        plan.append((name, arguments))
+    return plan
+
+
+def launched(model, plan):
+    """The plan; on a GPU every row twice, its steps launched one by one, then replayed."""
+    for name, arguments in plan:
+        yield name, arguments
+        if model.wte.weight.is_cuda:
+            yield f"{name}, replayed", arguments | {"forward": CudaGraphs(model).recompute}
+
+
+def time_decodes(model, prompt, gen_length, arguments):
+    """Seconds of each timed decode, prompt on the device to tokens on the host; its states."""
+
+    def run():
+        states = list(decode(model, prompt, gen_length, **arguments))
+        states[-1].tokens.cpu()
+        return states
+
+    if prompt.is_cuda:  # kernels are chosen and graphs are captured when first used
+        run()
         torch.cuda.reset_peak_memory_stats()
-        decode(model, prompt, gen_length, arguments)
-    again = partial(decode, model, prompt, gen_length, arguments)
-    seconds, (_, steps) = timed(again)
+    seconds, states = timed(run)
     times = [seconds]
-    while len(times) < RUNS and seconds < LONG_RUN:
-        times.append(timed(again)[0])
-    return times, steps
+    while len(times) < RUNS and sum(times) < LONG_RUN:
+        times.append(timed(run)[0])
+    return times, states
 
 
-def measure_speed(model, prompt, gen_length, rates):
-    """Rows of the speed table, dicts by column; and the steps of d2Cache's decode.
+def measure_speed(model, prompt, gen_length, plan, rates):
+    """A Timing of each row of the plan, and the states of d2Cache's decode.
 
-    Vanilla's steps are all alike: where they are slow, it commits four tokens in each, so that a
-    quarter of them is timed. Its row is that of one token per step.
+    Vanilla's steps are all alike: where they are slow, it commits so many tokens in each that FEW
+    steps are timed. Its row is that of one token per step.
     """
-    rows, one_step = [], {"tokens_per_step": gen_length}
-    warm_up = partial(decode, model, prompt, gen_length, one_step)
-    slow = gen_length * least_seconds(warm_up, repeats=1) > 2 * LONG_RUN
-    for name, arguments in tqdm(settings(gen_length).items(), desc="speed", unit="policy"):
-        quarter = {"tokens_per_step": 4} if name == "vanilla" and slow else {}
-        times, steps = time_decode(model, prompt, gen_length, arguments | quarter)
-        step, floor = statistics.median(times) / len(steps), floor_seconds(model, steps, rates)
-        share = torch.stack([chosen for _, chosen in steps]).float().mean().item()
-        rate = len(prompt) / step
-        gain = rate / (rows[0]["tokens/s"] if rows else rate)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if prompt.is_cuda else None
-        work = name, gen_length, share, 1000 * step, rate, gain
-        rows.append(dict(zip(SPEED, (*work, 1000 * floor, step / floor, peak, len(times)))))
-    return rows, steps
+    timings = []
+    ours = None
+    one_step = least_seconds(lambda: next(decode(model, prompt, gen_length)), repeats=1)
+    slow = gen_length * one_step > LONG_RUN
+    for name, arguments in tqdm(launched(model, plan), desc="speed", unit="policy"):
+        if slow and name.startswith("vanilla"):
+            arguments = arguments | {"tokens_per_step": math.ceil(gen_length / FEW)}
+        times, states = time_decodes(model, prompt, gen_length, arguments)
+        _, shares = work_done(states)
+        timings.append(
+            Timing(
+                policy=name,
+                seconds=times,
+                steps=len(states),
+                share=shares.mean().item(),
+                floor=floor_seconds(model, states[0].known.shape[1], row_counts(states), rates),
+                peak=torch.cuda.max_memory_allocated() if prompt.is_cuda else None,
+            )
+        )
+        if name == "d2cache":
+            ours = states
+    return timings, ours
 
 
-def measure_parts(model, gen_length, steps):
+def mean_step(seconds, steps):
+    """Seconds per step of a decode of so many, of which the first ones took `seconds`."""
+    first, *later = seconds
+    return (first + (steps - 1) * statistics.mean(later or [first])) / steps
+
+
+def curve_row(prompt_length, seconds, gen_length):
+    """A row of the curve; seconds: of the first steps of "vanilla" and of "d2cache"."""
+    vanilla = mean_step(seconds["vanilla"], gen_length)
+    ours = mean_step(seconds["d2cache"], gen_length)
+    return {
+        "prompt": prompt_length,
+        "vanilla ms": 1000 * vanilla,
+        "d2Cache ms": 1000 * ours,
+        "speed-up": vanilla / ours,
+    }
+
+
+def measure_curve(model, prompts, gen_length):
+    """Rows of the curve: a step of vanilla and of d2Cache after longer and longer prompts."""
+    rows = []
+    for prompt in tqdm(prompts, desc="curve", unit="prompt"):
+        seconds = {}
+        for name, most in CURVE_STEPS.items():
+            steps = decode(model, prompt, gen_length, **settings(gen_length)[name])
+            first_steps = range(min(most, gen_length))
+            seconds[name] = [timed(partial(next, steps))[0] for _ in first_steps]
+        rows.append(curve_row(prompt.shape[1], seconds, gen_length))
+    return rows
+
+
+def measure_parts(model, gen_length, states):
     """Milliseconds that the parts of a d2Cache step take, half-way through, each timed alone.
 
     On a GPU the model's parts as replays. What a step takes beyond their sum are the commit, gaps
     between launches, and its part of the first step, which recomputes everything.
     """
-    policy, (state, _) = settings(gen_length)["d2cache"]["policy"], steps[len(steps) // 2]
-    chosen, predicted = ask(policy, state, model.config.shifted)
-    graphs, (positions, valid, R) = CudaGraphs(model), pack(chosen, predicted)
+    policy = settings(gen_length)["d2cache"]["policy"]
+    state = states[(len(states) - 1) // 2]
+    shifted = model.config.shifted
+    chosen, predicted = choose_positions(policy, state, shifted)
+    Q, R = count_rows(policy, state, chosen, predicted)
+    positions, valid = pack(chosen, predicted, Q)
+    graphs = CudaGraphs(model)
     if chosen.is_cuda:
         positions, valid, R = graphs.round_up(positions, valid, R, chosen.shape[1])
-    cache = graphs.cache(*chosen.shape)
-    hidden, maps = model.trunk(state.tokens, positions, cache, return_attention=True)
+    weight = model.wte.weight
+    cache = KVCache(model.config, *chosen.shape, weight.device, weight.dtype)
+    hidden, maps = model.hidden_states(state.tokens, positions, cache, return_attention=True)
+
+    def forward(return_attention):
+        return model.hidden_states(state.tokens, positions, cache, return_attention)
 
     def select():
         attention_rollout(maps, positions, valid)
         certainty_prior(state.confidence, state.known, policy.sigma)  # once more, for the commit
-        pack(*ask(policy, state, model.config.shifted))
+        chosen, predicted = choose_positions(policy, state, shifted)
+        Q, _ = count_rows(policy, state, chosen, predicted)
+        pack(chosen, predicted, Q)
 
-    parts = {
-        "forward": lambda: model.trunk(state.tokens, positions, cache),
-        "with maps": lambda: model.trunk(state.tokens, positions, cache, return_attention=True),
-        "head": lambda: predict(model.head(hidden[:, :R]), model.config),
-        "selection": select,
+    def milliseconds(function):
+        replayed = chosen.is_cuda and function is not select  # which is launched kernel by kernel
+        if replayed:
+            function = graphs.capture(function)[0].replay
+        return 1000 * least_seconds(function, repeats=5)
+
+    forward_time = milliseconds(partial(forward, False))
+    maps_time = milliseconds(partial(forward, True)) - forward_time
+    return {
+        "forward": forward_time,
+        "attention maps": max(0.0, maps_time),
+        "head": milliseconds(lambda: predict(model.head(hidden[:, :R]), model.config)),
+        "selection": milliseconds(select),
     }
-    times = {}
-    for name, part in parts.items():
-        replayed = chosen.is_cuda and part is not select  # selection is launched kernel by kernel
-        function = graphs.capture(part)[0].replay if replayed else part
-        times[name] = 1000 * least_seconds(function, repeats=5)
-    maps_time = max(0.0, times.pop("with maps") - times["forward"])
-    return times | {"attention maps": maps_time}
+
+
+# ---- CUDA graphs ---------------------------------------------------------------------------------
+
+
+class CudaGraphs:
+    """Replays d2cache.recompute as CUDA graphs, one launch for the model's thousand.
+
+    It plugs in as decode(model, ..., forward=CudaGraphs(model).recompute). A graph fixes sizes and
+    addresses. So Q and R are rounded up to multiples of `bucket` (more repeats change results by
+    round-off at most); each pair of sizes gets a graph when it first occurs; and of each shape
+    (B, T) the first cache stays, and takes the place of the one that a later decode brings. What an
+    earlier decode left in there is never read: the first step of a decode recomputes everything.
+    One decode at a time.
+    """
+
+    def __init__(self, model, bucket=32):
+        self.model = model
+        self.bucket = bucket
+        self.caches = {}
+        self.graphs = {}
+        self.pool = None
+
+    def recompute(self, model, cache, R, uses_attention, tokens, positions, valid, padding):
+        """What d2cache.recompute gives, for the same arguments."""
+        require(model is self.model, "model is another than the one that CudaGraphs was made for")
+        B, T = tokens.shape
+        cache = self.caches.setdefault((B, T), cache)
+        if uses_attention and positions.shape[1] == T:  # a graph would keep its T x T maps
+            return recompute(model, cache, R, uses_attention, tokens, positions, valid, padding)
+
+        positions, valid, rows = self.round_up(positions, valid, R, T)
+        inputs = [tokens, positions, valid]
+        if padding is not None:
+            inputs.append(padding)
+        kind = (B, T, positions.shape[1], rows, uses_attention, len(inputs))
+        if kind not in self.graphs:
+            self.graphs[kind] = self.graph_of(model, cache, rows, uses_attention, inputs)
+        own, graph, (logits, influence) = self.graphs[kind]
+
+        for tensor, value in zip(own, inputs):
+            tensor.copy_(value)
+        graph.replay()
+        return logits[:, :R], influence
+
+    def round_up(self, positions, valid, R, T):
+        """What `pack` gives and R, for the sizes of a graph."""
+        Q = positions.shape[1]
+        more = min(T, math.ceil(Q / self.bucket) * self.bucket) - Q
+        rows = min(T, math.ceil(R / self.bucket) * self.bucket)
+        repeats = positions[:, :1].expand(-1, more)
+        return torch.cat([positions, repeats], dim=1), F.pad(valid, (0, more)), rows
+
+    def graph_of(self, model, cache, rows, uses_attention, inputs):
+        """The tensors that a graph reads, the graph, and the tensors that it leaves results in."""
+        own = [tensor.clone() for tensor in inputs]
+        tokens, positions, valid, *padding = own
+        padding = padding[0] if padding else None
+        arguments = (model, cache, rows, uses_attention, tokens, positions, valid, padding)
+        return own, *self.capture(lambda: recompute(*arguments))
+
+    def capture(self, run):
+        """A graph of what run() launches, and the tensors that a replay leaves its results in."""
+        graph = torch.cuda.CUDAGraph()
+        # Sharing memory is safe: the results of one graph are used up before the next is replayed.
+        with torch.cuda.device(self.model.wte.weight.device):
+            run()  # what kernels do when they are first used cannot be captured
+            with torch.cuda.graph(graph, pool=self.pool):
+                outputs = run()
+        self.pool = graph.pool()
+        return graph, outputs
+
+
+# ---- Tables --------------------------------------------------------------------------------------
 
 
 def cell(column, value):
     """A value as the tables print it; "-" where it was not measured."""
     if value is None:
         return "-"
-    if column in PERCENT:
-        return f"{value:.1%}"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return FORMATS.get(column, "{}").format(value)
+
+
+def table_lines(rows):
+    """Rows, dicts by column, as aligned lines: the first column left, the others right."""
+    cells = [list(rows[0])]
+    for row in rows:
+        cells.append([cell(column, value) for column, value in row.items()])
+    widths = [max(len(text) for text in column) for column in zip(*cells)]
+
+    lines = []
+    for first, *others in cells:
+        aligned = [first.ljust(widths[0])]
+        aligned += [text.rjust(width) for text, width in zip(others, widths[1:])]
+        lines.append("  ".join(aligned).rstrip())
+    return lines
 
 
 def print_table(rows):
-    """Aligned columns: the first one left, the numbers right."""
-    table = [list(rows[0])] + [[cell(*item) for item in row.items()] for row in rows]
-    widths = [max(len(text) for text in column) for column in zip(*table)]
-    for first, *rest in table:
-        print("  ".join([first.ljust(widths[0])] + [c.rjust(w) for c, w in zip(rest, widths[1:])]))
+    print("\n".join(table_lines(rows)))
 
 
 def describe(model):
     """Size, precision and device, for a table's header."""
-    weight, millions = model.wte.weight, sum(p.numel() for p in model.parameters()) / 1e6
-    cpu = f"CPU, {torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else cpu
+    weight = model.wte.weight
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    device = f"CPU, {torch.get_num_threads()} threads"
+    if weight.is_cuda:
+        device = torch.cuda.get_device_name(weight.device)
     return f"{millions:,.1f} M parameters, {weight.dtype}, {device}, torch {torch.__version__}"
 
 
-def report_quality(name, model, tokenizer, problems, gen_length):
+# ---- The command line ----------------------------------------------------------------------------
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=main.__doc__, usage=argparse.SUPPRESS)
+    add = parser.add_argument_group("model").add_argument
+    add("--model", help="checkpoint folder or hub id instead of the embedded model")
+    add("--revision", help="of the hub's repository: branch, tag or commit")
+    add("--dtype", choices=DTYPES, help="instead of the checkpoint's own")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+
+    add = parser.add_argument_group("quality").add_argument
+    add("--data", help="JSON lines to score, as GSM8K or MBPP has them")
+    add("--problems", type=int, default=32, help="how many of them (32)")
+    add("--shots", type=int, default=0, help="so many pairs before them are worked examples (0)")
+    add("--run-code", action="store_true", help="MBPP: EXECUTE HERE what the model wrote")
+    add("--temperature", type=float, default=0.0, help="draw tokens (0: take the likeliest)")
+    add("--seed", type=int, default=0, help="of these draws and of the controls (0)")
+
+    add = parser.add_argument_group("speed").add_argument
+    add("--prompt", help="with --model: the text to answer and to time")
+    add("--prompt-length", type=int, help="without: of the random prompt")
+
+    add = parser.add_argument_group("both").add_argument
+    add("--gen-length", type=int, help="tokens to decode; the embedded model always answers in 64")
+    add("--block-length", type=int, help="of the rows in blocks")
+    add("--batch", type=int, help="sequences decoded at once")
+    add("--policy", help="FILE.py:Name or FILE.py:Name(k=8), to be compared with the others")
+    add("--json", help="write the same numbers to this file")
+    return parser, parser.parse_args()
+
+
+def check(args):
+    """ValueError, in a line, for arguments that cannot be meant; before any work."""
+    for flag in ("problems", "prompt_length", "gen_length", "block_length", "batch"):
+        value = getattr(args, flag)
+        name = flag.replace("_", "-")
+        require(value is None or value >= 1, f"--{name} is {value}, should be at least 1")
+    require(args.shots >= 0, f"--shots is {args.shots}, should be at least 0")
+    said = f"--temperature is {args.temperature}, should be at least 0"
+    require(0 <= args.temperature < math.inf, said)
+    require(0 <= args.seed < 2**63, f"--seed is {args.seed}, should be from 0 to 2^63 - 1")
+
+    require(args.model or args.revision is None, "--revision needs --model")
+    require(args.model or args.prompt is None, "--prompt needs --model")
+    said = "--prompt-length is of a random prompt, --model takes --prompt"
+    require(not args.model or args.prompt_length is None, said)
+    require(args.data or not args.shots, "--shots needs --data")
+    require(args.data or not args.run_code, "--run-code needs --data")
+    require(not args.run_code or os.name == "posix", "--run-code needs Linux or macOS")
+    for gen_length in response_lengths(args):
+        divides = args.block_length is None or gen_length % args.block_length == 0
+        said = f"--block-length is {args.block_length}, should divide the response's {gen_length}"
+        require(divides, said)
+    if args.json:
+        with open(args.json, "a", encoding="utf-8"):  # an OSError says why it cannot be written
+            pass
+
+
+def read_data(args):
+    """(question, prompt, answer) of every problem to score."""
+    path = args.data or PROBLEMS
+    problems = read_problems(path, args.shots + args.problems)
+    examples = problems[: args.shots]
+    scored = problems[args.shots :]
+    require(scored, f"--shots is {args.shots}, but {path} holds no more than these")
+
+    programs = isinstance(scored[0][1], Program)
+    said = f"{path} asks for programs: to score them is to execute what the model writes here"
+    require(args.run_code or not programs, f"{said}; --run-code does it")
+    require(programs or not args.run_code, f"--run-code: {path} asks for no programs")
+    for number, (_, answer) in enumerate(examples, 1):
+        said = f'{path}: example {number} of --shots has no "code"'
+        require(not programs or answer.code is not None, said)
+    return [(question, with_examples(examples, question), answer) for question, answer in scored]
+
+
+def response_lengths(args):
+    """Tokens to decode in the quality table, and in the speed table."""
+    if args.model:
+        length = args.gen_length or 256
+        return length, length
+    fits = has_room_for_llada(args.device)
+    return QUALITY_LENGTH, args.gen_length or (256 if fits else 64)
+
+
+def has_room_for_llada(device):
+    """Whether this is a GPU on which LLaDA-8B's shape can be timed."""
+    return device.startswith("cuda") and torch.cuda.mem_get_info(device)[0] > LLADA_8B_BYTES
+
+
+def sampling(args):
+    """Arguments of `decode` that draw tokens, if any are drawn; chance starts anew."""
+    torch.manual_seed(args.seed)  # of the controls
+    if args.temperature == 0:
+        return {}
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    return {"temperature": args.temperature, "generator": generator}
+
+
+def own_rows(args, policy, gen_length):
+    """(name, arguments of `decode`) of the policy of --policy, if any, in both orders."""
+    if policy is None:
+        return []
+    block_length = args.block_length or settings(gen_length)["dual"]["block_length"]
+    return both_orders(args.policy.partition(".py:")[2], policy, gen_length, block_length)
+
+
+def try_out(model, prompt, gen_length, rows):
+    """ValueError, with the step, for a policy that breaks its contract or fails; before any work."""
+    for name, arguments in rows:
+        step = 0
+        try:
+            for state in decode(model, prompt, gen_length, **arguments):
+                step = state.step
+        except ValueError:
+            raise
+        except Exception as error:
+            said = f"policy {name} fails in step {step + 1}: {type(error).__name__}: {error}"
+            raise ValueError(said) from error
+
+
+def report_quality(args, name, model, tokenizer, data, policy):
     """Print a sample and the quality table; the same as a dict."""
-    rows, sample = measure_quality(model, tokenizer, problems, gen_length)
-    block_length = settings(gen_length)["dual"]["block_length"]
-    print(f"A problem   {problems[0][0]}\nd2Cache     {sample}\nThe answer  {problems[0][1]}\n")
+    gen_length, _ = response_lengths(args)
+    own = own_rows(args, policy, gen_length)
+    try_out(model, encode_prompt(tokenizer, data[0][1]), gen_length, own)
+    plan = quality_rows(gen_length, args.block_length) + own
+    batch = args.batch or (1 if args.model else 32)
+    problems = [(prompt, answer) for _, prompt, answer in data]
+    draw = partial(sampling, args)
+    rows, samples = measure_quality(model, tokenizer, problems, gen_length, plan, draw, batch)
+
+    question, _, answer = data[0]
+    print(f"A problem   {question}\nd2Cache     {samples['d2Cache, by prior']}")
+    print(f"The answer  {answer.code if isinstance(answer, Program) else answer}\n")
+    block_length = args.block_length or settings(gen_length)["dual"]["block_length"]
     print(f"QUALITY  {name}: {describe(model)}")
     print(
-        f"{len(problems)} problems, response {gen_length}, blocks of {block_length}, 1 token per "
-        "step or all over the threshold, 1 run; same text: as exact decoding in the same order"
+        f"{len(data)} problems after {args.shots} examples, response {gen_length}, blocks of "
+        f"{block_length}, 1 token per step or all from the threshold on, temperature "
+        f"{args.temperature:g}, 1 run; same text: as exact decoding in the same order"
     )
     print_table(rows)
-    return {"model": f"{name}: {describe(model)}", "problems": len(problems), "rows": rows}
+    return {
+        "model": f"{name}: {describe(model)}",
+        "problems": len(data),
+        "shots": args.shots,
+        "response": gen_length,
+        "block length": block_length,
+        "temperature": args.temperature,
+        "seed": args.seed,
+        "rows": rows,
+    }
 
 
-def report_speed(name, model, prompt, gen_length, rates):
+def report_speed(args, name, model, prompt, rates, policy):
     """Print the speed table of one prompt, and where a step of d2Cache goes; the same as a dict."""
-    rows, steps = measure_speed(model, prompt, gen_length, rates)
-    parts = measure_parts(model, gen_length, steps)
-    parts["the rest"] = rows[-1]["ms per step"] - sum(parts.values())
-    (B, P), block_length = prompt.shape, settings(gen_length)["dual"]["block_length"]
+    B, P = prompt.shape
+    _, gen_length = response_lengths(args)
+    own = own_rows(args, policy, gen_length)
+    plan = speed_plan(gen_length, args.block_length) + own
+    timings, states = measure_speed(model, prompt, gen_length, plan, rates)
+    rows = speed_rows(timings, B)
+    parts = measure_parts(model, gen_length, states)
+    step = next(row["ms per step"] for row in rows if row["policy"] == "d2cache")
+    parts["the rest"] = step - sum(parts.values())
+
+    weight = model.wte.weight
+    T = P + gen_length
+    formula = cache_bytes(model.config, B, T, weight.element_size())
+    held = allocated_bytes(KVCache(model.config, B, T, weight.device, weight.dtype))
+    block_length = args.block_length or settings(gen_length)["dual"]["block_length"]
     print(f"\nSPEED  {name}: {describe(model)}")
     print(
         f"prompt {P}, response {gen_length}, batch {B}, caches in blocks of {block_length}, 1 token"
-        " per step, median of the runs; a slow vanilla: a quarter of its steps"
+        " per step, median of the runs; of a slow vanilla a few steps"
     )
     print_table(rows)
     print("a step of d2cache:", ", ".join(f"{part} {ms:.2f} ms" for part, ms in parts.items()))
-    sizes = {"prompt": P, "response": gen_length, "batch": B}
-    return (
-        {"model": f"{name}: {describe(model)}"} | sizes | {"rows": rows, "d2cache step ms": parts}
-    )
+    print(f"cache: 2 L B T G D numbers are {formula:,} bytes, allocated {held:,}")
+    return {
+        "model": f"{name}: {describe(model)}",
+        "prompt": P,
+        "response": gen_length,
+        "batch": B,
+        "block length": block_length,
+        "rows": rows,
+        "d2cache step ms": parts,
+        "cache bytes": {"formula": formula, "allocated": held},
+    }
 
 
-def speed_model(args):
-    """(name, model, prompts, gen_length) for the speed tables without a checkpoint.
+def report_curve(model, prompts, gen_length):
+    """Print the curve over prompt lengths; its rows."""
+    rows = measure_curve(model, prompts, gen_length)
+    print(f"\nCURVE  the same model, batch {len(prompts[0])}, response {gen_length}")
+    counts = " and ".join(f"{n} of {name}" for name, n in CURVE_STEPS.items())
+    print(f"ms per step, estimated from the first steps, {counts}")
+    print_table(rows)
+    return rows
+
+
+def random_prompts(config, lengths, batch, device):
+    """A (batch, length) prompt of random ids for each of the lengths."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(batch, length) for length in lengths]
+    prompts = [torch.randint(config.eos_token_id, shape, generator=random) for shape in shapes]
+    return [prompt.to(device) for prompt in prompts]
+
+
+def random_setup(args):
+    """(name, model, prompts, prompts of the curve) for the speed tables without a checkpoint.
 
     On a CPU four sequences at once: one alone leaves small matrices, and waits for the memory.
     """
-    gpu = args.device.startswith("cuda")
-    fits = gpu and torch.cuda.mem_get_info(args.device)[0] > LLADA_8B_BYTES
-    config, dtype = (LLADA_8B_SHAPE, torch.bfloat16) if fits else (CPU_SHAPE, torch.float32)
+    config, dtype, lengths, curve, batch = CPU_SHAPE, torch.float32, [384], CURVE_PROMPTS, 4
+    if has_room_for_llada(args.device):
+        config, dtype, lengths, curve, batch = LLADA_8B_SHAPE, torch.bfloat16, [128, 896, 3840], (), 1
     name = f"random weights, {config.n_layers} layers of {config.d_model}"
-    if gpu and not fits:
+    if config is CPU_SHAPE and args.device.startswith("cuda"):
         name += f" (LLaDA-8B's shape wants {LLADA_8B_BYTES / 1e9:.0f} GB of free GPU memory)"
-    usual = [128, 896, 3840] if fits else [384]
-    lengths, batch = [args.prompt_length] if args.prompt_length else usual, 1 if fits else 4
-    random, shapes = torch.Generator().manual_seed(0), [(args.batch or batch, n) for n in lengths]
-    prompts = [torch.randint(config.eos_token_id, shape, generator=random) for shape in shapes]
+    if args.dtype:
+        dtype = DTYPES[args.dtype]
+    if args.prompt_length:
+        lengths, curve = [args.prompt_length], ()
     model = random_model(config, args.device, dtype)
-    gen_length = args.gen_length or (256 if fits else 64)
-    return name, model, [prompt.to(args.device) for prompt in prompts], gen_length
+    prompts = random_prompts(config, lengths, args.batch or batch, args.device)
+    return name, model, prompts, random_prompts(config, curve, args.batch or batch, args.device)
 
 
-def checkpoint(args):
-    """(name, model, prompts, gen_length) for the speed table of --model; prints its answer."""
-    tokenizer = load_tokenizer(args.model)
-    model = Transformer.from_pretrained(args.model, args.device)
-    prompt, gen_length = encode_prompt(tokenizer, args.prompt), args.gen_length or 256
-    tokens, _ = decode(model, prompt, gen_length, settings(gen_length)["d2cache"])
-    answer = decode_response(tokenizer, tokens[0, prompt.shape[1] :], model.config.eos_token_id)
-    print(f"A prompt    {args.prompt}\nd2Cache     {answer}\n")
-    return args.model, model, [prompt.to(args.device).repeat(args.batch or 1, 1)], gen_length
+def report_answer(args, model, tokenizer, prompt):
+    """Print what d2Cache answers to --prompt."""
+    _, gen_length = response_lengths(args)
+    for state in decode(model, prompt, gen_length, **settings(gen_length)["d2cache"]):
+        pass
+    response = state.tokens[0, prompt.shape[1] :]
+    answer = decode_response(tokenizer, response, model.config.end_ids)
+    print(f"A prompt    {args.prompt or EXAMPLE}\nd2Cache     {answer}\n")
 
 
 def report(args):
     """Everything the command line asks for, printed; the same as a dict."""
-    for flag in ("problems", "prompt_length", "gen_length", "batch"):
-        value, name = getattr(args, flag), flag.replace("_", "-")
-        require(value is None or value >= 1, f"--{name} is {value}, should be at least 1")
-    result, folder = {}, Path(args.json or "here").resolve().parent
-    require(folder.is_dir(), f"--json {args.json}: there is no folder {folder}")
-    if args.data or not args.model:
-        source, name = args.model or EMBEDDED_MODEL, args.model or "the embedded model"
-        problems = read_problems(args.data or PROBLEMS, args.problems)
-        tokenizer, model = load_tokenizer(source), Transformer.from_pretrained(source, args.device)
-        gen_length = (args.gen_length or 256) if args.model else QUALITY_LENGTH
-        result["quality"] = report_quality(name, model, tokenizer, problems, gen_length)
-        del model  # two copies of 16 GB would not fit everywhere
-    name, model, prompts, gen_length = checkpoint(args) if args.model else speed_model(args)
+    check(args)
+    policy = load_policy(args.policy) if args.policy else None
+    source = args.model or EMBEDDED_MODEL
+    name = args.model or "the embedded model"
+    data = read_data(args) if args.data or not args.model else []
+    tokenizer = load_tokenizer(source, args.revision)
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    model = Transformer.from_pretrained(source, args.device, dtype, args.revision)
     if model.wte.weight.is_cuda:
         torch.cuda.set_device(model.wte.weight.device)  # the one to wait for and to measure
+
+    result = {}
+    if data:
+        result["quality"] = report_quality(args, name, model, tokenizer, data, policy)
+    if args.model:
+        prompt = encode_prompt(tokenizer, args.prompt or EXAMPLE).to(args.device)
+        own = own_rows(args, policy, response_lengths(args)[1])
+        try_out(model, prompt, response_lengths(args)[1], own)
+        report_answer(args, model, tokenizer, prompt)
+        prompts, curve = [prompt.repeat(args.batch or 1, 1)], []
+    else:
+        name, model, prompts, curve = random_setup(args)
+
     rates = machine_rates(args.device, model.wte.weight.dtype)
-    speed = [report_speed(name, model, prompt, gen_length, rates) for prompt in prompts]
-    bandwidth, flops = rates
+    speed = [report_speed(args, name, model, prompt, rates, policy) for prompt in prompts]
+    result["speed"] = speed
+    if curve:
+        result["curve"] = report_curve(model, curve, response_lengths(args)[1])
+    result["copy bytes/s"], result["matrix FLOP/s"] = rates
     print(
-        f"floor: {bandwidth / 1e9:,.0f} GB/s (copy), {flops / 1e12:,.2f} TFLOP/s (matrix product)"
+        f"\nfloor: {rates[0] / 1e9:,.0f} GB/s (copy), {rates[1] / 1e12:,.2f} TFLOP/s (matrix "
+        "product)"
     )
-    return result | {"copy bytes/s": bandwidth, "matrix FLOP/s": flops, "speed": speed}
+    return result
 
 
 def main():
     """Quality and speed of every policy, as tables; progress goes to stderr."""
-    parser = argparse.ArgumentParser(description=main.__doc__, usage=argparse.SUPPRESS)
-    add = parser.add_argument
-    add("--model", help="checkpoint folder or hub id instead of the embedded model")
-    add("--prompt", default=EXAMPLE, help="with --model: the text to answer and to time")
-    add("--data", help='JSON lines {"question", "answer"} to score; answers end in "#### n"')
-    add("--problems", type=int, default=32, help="how many of them (32)")
-    add("--prompt-length", type=int, help="of the speed table's random prompt")
-    add("--gen-length", type=int, help="tokens to decode, in the speed table and with --model")
-    add("--batch", type=int, help="sequences decoded at once in the speed table")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    add("--json", help="write the same numbers to this file")
-    args = parser.parse_args()
+    parser, args = parse_arguments()
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can show every answer
     try:
         result = report(args)
-    except ValueError as error:
-        parser.error(" ".join(str(error).split()))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        if args.json:
+            text = json.dumps(result, indent=2) + "\n"
+            Path(args.json).write_text(text, encoding="utf-8")
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # a bug; out of memory is none
+        parser.error(" ".join(str(error).split()) or "out of memory")
 
 
 if __name__ == "__main__":
