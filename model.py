@@ -14,10 +14,13 @@ LLaDA: arXiv 2502.09992, Dream: 2508.15487. Index order is always batch, positio
 """
 
 import json
+import sys
 import warnings
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
+from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # nothing here needs it
 
@@ -25,10 +28,12 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# By model_type, the layouts known to be implemented: does row i - 1 of the logits predict i?
+SHIFTED = {"llada": False, "illada": False, "a2d-qwen2": False, "Dream": True}
 MAP_ROWS = 256  # query rows in a slice of the attention map: all take H * Q * T numbers
 
 
@@ -63,20 +68,7 @@ class Config:
     model_type: str = "llada"
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            kinds = (int, float) if f.type is float else (f.type,)
-            fits = type(value) in kinds and (f.type in (str, tuple) or value >= 0)
-            require(fits, f"{f.name} is {value!r}, should be {f.type.__name__}, not below 0")
-
-        C, H, G = self.d_model, self.n_heads, self.n_kv_heads
-        require(C % (2 * H) == 0, f"d_model is {C}, should be an even multiple of n_heads {H}")
-        require(H % G == 0, f"n_heads is {H}, should be a multiple of n_kv_heads {G}")
-
-        last = self.embedding_size - 1
-        for name in ("mask_token_id", "eos_token_id"):
-            id = getattr(self, name)
-            require(id <= last, f"{name} is {id}, should be from 0 to {last}")
+        require_a_transformer(self)
 
     @property
     def head_dim(self):
@@ -85,33 +77,21 @@ class Config:
     @property
     def shifted(self):
         """Whether row i - 1 predicts position i; row 0 also predicts position 0."""
-        return self.model_type == "Dream"
+        return SHIFTED[self.model_type]
 
     @property
     def end_ids(self):
         """Every id that ends an answer."""
         return (self.eos_token_id, *self.other_end_ids)
 
-    @classmethod
-    def from_json(cls, path):
-        """Config of a config.json, in LLaDA's layout or that of Hugging Face's Llama.
+    @staticmethod
+    def from_json(path):
+        """The Config of a config.json, in LLaDA's layout or that of Hugging Face's Llama.
 
-        Raises ValueError if the file is missing or no JSON object, lacks a field, or asks for what
-        is not implemented here. Keys that do not change inference are ignored.
+        The tokenizer's files beside it tell which ids have a token, and which end an answer.
+        Raises ValueError naming file, key and value if one is missing or not implemented here.
         """
-        values = config_values(Path(path))
-        for key, implemented in (IMPLEMENTED | HF_IMPLEMENTED).items():
-            value = values.get(key, implemented)
-            same = value == implemented or value is False and implemented is None
-            require(same, f"{path}: {key} is {value!r}, but only {implemented!r} is implemented")
-        keys = HF_KEYS if "hidden_size" in values else {}
-        needed = [f.name for f in fields(cls) if f.default is MISSING]
-        missing = [keys.get(name, name) for name in needed if values.get(name) is None]
-        require(not missing, f"{path}: missing keys {missing}")
-        try:
-            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-        except (ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"{path}: {error}") from error
+        return read_config(Path(path))
 
 
 class KVCache:
@@ -279,45 +259,44 @@ class Transformer(nn.Module):
         head = self.wte if self.ff_out is None else self.ff_out
         return F.linear(self.ln_f(hidden), head.weight)
 
-    @classmethod
-    def from_pretrained(cls, path_or_repo_id, device="cpu", dtype=None):
+    @staticmethod
+    def from_pretrained(path_or_repo_id, device="cpu", dtype=None, revision=None):
         """The model of a checkpoint folder or hub repository, frozen, read straight onto `device`.
 
-        dtype None keeps the checkpoint's. Raises ValueError, naming file or tensor, if anything in
-        the folder is missing, corrupt, unsupported, or does not fit its config.json.
+        dtype None keeps the checkpoint's; revision is a branch, tag or commit of the repository.
+        Raises ValueError, naming file, key or tensor, if anything in the folder is missing,
+        corrupt, unsupported, or does not fit its config.json.
         """
-        require(dtype in (None, *DTYPES), f"dtype is {dtype}, should be None or of {DTYPES}")
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device is {str(device)!r}, torch refuses: {error}") from error
-        folder = checkpoint_folder(path_or_repo_id)
-        config = Config.from_json(folder / "config.json")
-        tensors = read_tensors(folder, device, dtype)
-        bias = any(name.endswith("q_proj.bias") for name in tensors)  # Dream's config says nothing
-        config = replace(config, include_qkv_bias=bias or config.include_qkv_bias)
-        if config.weight_tying:  # some files hold the head nevertheless
-            tensors.pop("model.transformer.ff_out.weight", None)
-        with torch.device("meta"):
-            model = cls(config)
-        named_as_in_file = nn.ModuleDict({"model": nn.ModuleDict({"transformer": model})})
-        try:
-            named_as_in_file.load_state_dict(tensors, strict=True, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"{folder}: the tensors do not fit config.json: {error}") from error
-        return model.requires_grad_(False)
+        return load_model(path_or_repo_id, device, dtype, revision)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
-# Keys of config.json that change what the model computes, and the one value implemented here.
+# Every key of config.json that changes what a model computes is a field of Config, or stands here
+# with the one value implemented (absent is fine; None: absent, null, false, zero or empty), or is
+# looked at in `read_config`. LLaDA's own keys, and what OLMo, its origin, has beside them:
 IMPLEMENTED = dict(
     block_type="llama", block_group_size=1, activation_type="silu", include_bias=False,
     multi_query_attention=None, clip_qkv=None, layer_norm_type="rms", layer_norm_with_affine=True,
     bias_for_layer_norm=False, attention_layer_norm=False, input_emb_norm=False, scale_logits=False,
-    rope=True, rope_full_precision=True, rope_scaling=None, alibi=False, sliding_window=None,
+    rope=True, rope_full_precision=True, alibi=False, sliding_window=None,
 )  # fmt: skip
-HF_IMPLEMENTED = dict(hidden_act="silu", mlp_bias=False, use_mrope=False, rope_type="default")
+# Those of the layout of Hugging Face's Llama, and of models that grew from it:
+HF_IMPLEMENTED = dict(
+    hidden_act="silu", mlp_bias=False, use_mrope=False, layer_norm_eps=None, rope_type="default",
+    partial_rotary_factor=1.0, rotary_pct=1.0, qk_norm=None, use_qk_norm=None, qk_layernorm=None,
+    final_logit_softcapping=None, attn_logit_softcapping=None, logit_scale=1.0, logits_scaling=1.0,
+    attention_multiplier=None, embedding_multiplier=1.0, residual_multiplier=1.0,
+    num_experts=None, num_local_experts=None, n_routed_experts=None, num_experts_per_tok=None,
+    quantization_config=None, quantization=None, compression_config=None,
+)  # fmt: skip
+PLAIN_ROPE = dict(rope_type="default", type="default", factor=1.0, partial_rotary_factor=1.0)
+
+# What config.json does not say: biases of q, k and v, and the mask where the tokenizer is silent.
+QKV_BIAS = {"llada": False, "illada": False, "a2d-qwen2": True, "Dream": True}
+MASK_TOKENS = {
+    "llada": "<|mdm_mask|>", "illada": "<[MASK]>", "a2d-qwen2": "<|mask|>", "Dream": "<|mask|>",
+}  # fmt: skip
 
 # LLaDA's names are ours. The same in the layout of Hugging Face's Llama, which Dream follows:
 HF_KEYS = dict(
@@ -326,57 +305,255 @@ HF_KEYS = dict(
     embedding_size="vocab_size", max_sequence_length="max_position_embeddings",
     weight_tying="tie_word_embeddings",
 )  # fmt: skip
+PREFIX = "model.transformer."
+HEAD = PREFIX + "ff_out.weight"
 HF_NAMES = {  # of tensors, and what LLaDA calls them
-    "model.embed_tokens.": "model.transformer.wte.", "model.layers.": "model.transformer.blocks.",
-    "model.norm.": "model.transformer.ln_f.", "lm_head.": "model.transformer.ff_out.",
+    "model.embed_tokens.": PREFIX + "wte.", "model.layers.": PREFIX + "blocks.",
+    "model.norm.": PREFIX + "ln_f.", "lm_head.": PREFIX + "ff_out.",
     "input_layernorm.": "attn_norm.", "post_attention_layernorm.": "ff_norm.",
     "self_attn.o_proj.": "attn_out.", "self_attn.": "", "mlp.gate_proj.": "ff_proj.",
     "mlp.up_proj.": "up_proj.", "mlp.down_proj.": "ff_out.",
 }  # fmt: skip
+STORED_DTYPES = dict(zip(("F64", "F32", "BF16", "F16"), DTYPES))
 
 
-def config_values(path):
-    """The config.json at `path` under our keys; ids of tokens as the tokenizer beside has them."""
-    folder = path.parent
-    values = read_json(path) | {"other_end_ids": ()}
-    if isinstance(values.get("rope_parameters"), dict):  # where newer files keep rope_theta
-        values |= values["rope_parameters"]
+def require_a_transformer(config):
+    """ValueError unless a Config has values of the right kind that belong together."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        kinds = (int, float) if f.type is float else (f.type,)
+        require(type(value) in kinds, f"{f.name} is {shown(value)}, should be {f.type.__name__}")
+        if f.type in (int, float):
+            least = 1 if f.type is int and not f.name.endswith("_id") else 0
+            said = f"{f.name} is {shown(value)}, should be from {least} to 2**63"
+            require(least <= value < 2**63, said)
+    require_known(config.model_type)
+
+    C, H, G = config.d_model, config.n_heads, config.n_kv_heads
+    require(C % (2 * H) == 0, f"d_model is {C}, should be an even multiple of n_heads {H}")
+    require(H % G == 0, f"n_heads is {H}, should be a multiple of n_kv_heads {G}")
+
+    V, rows = config.vocab_size, config.embedding_size
+    require(V <= rows, f"vocab_size is {V}, should be at most embedding_size {rows}")
+    for name in ("mask_token_id", "eos_token_id"):
+        id = getattr(config, name)
+        require(id < rows, f"{name} is {id}, should be from 0 to {rows - 1}")
+
+
+def require_known(model_type, where=""):
+    """ValueError unless the layout is one of those implemented."""
+    known = list(SHIFTED)
+    said = f"{where}model_type is {shown(model_type)}, but only {known} are implemented"
+    require(model_type in known, said)
+
+
+def shown(value):
+    """A value for a message, not longer than a line."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def some(names):
+    """The first few of many names, for a message."""
+    listed = ", ".join(name[:100] for name in names[:3])
+    return listed if len(names) <= 3 else f"{listed} and {len(names) - 3} more"
+
+
+def read_config(path):
+    """The Config of the config.json at `path`; see Config.from_json."""
+    values = read_json(path)
+    keys = {f.name: f.name for f in fields(Config)}
     if "hidden_size" in values:
-        values |= {ours: values[key] for ours, key in HF_KEYS.items() if key in values}
-    if values.get("use_sliding_window") is False:  # some files hold one nevertheless
-        values["sliding_window"] = None
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        return values
-    tokenizer, about = load_tokenizer(folder), folder / "tokenizer_config.json"
-    if isinstance(values.get("vocab_size"), int):  # which may count embedding rows without a token
-        n_ids = 1 + max(tokenizer.get_vocab().values(), default=-1)
-        values["vocab_size"] = min(values["vocab_size"], n_ids)
-    if values.get("mask_token_id") is None and about.exists():
-        token = read_json(about).get("mask_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        values["mask_token_id"] = tokenizer.token_to_id(token) if isinstance(token, str) else None
-    return values
+        keys |= HF_KEYS
+    # LLaDA's own keys may do without a model_type: nobody else has them.
+    model_type = values.get("model_type", "llada" if "d_model" in values else None)
+    require_known(model_type, where=f"{path}: ")
+    refuse_what_is_not_implemented(path, values)
+
+    ours = {name: values.get(key) for name, key in keys.items()}
+    ours["model_type"] = model_type
+    ours["rope_theta"] = rope_theta(path, values)
+    ours["other_end_ids"] = ()
+    if "hidden_size" in values:
+        ours["include_qkv_bias"] = qkv_bias(path, values, model_type)
+
+    ids = token_ids(path.parent)
+    if ids and type(ours["vocab_size"]) is int:  # it may count embedding rows without a token
+        ours["vocab_size"] = min(ours["vocab_size"], 1 + max(ids.values()))
+    if ours["mask_token_id"] is None:
+        ours["mask_token_id"] = mask_token_id(path.parent, ids, model_type)
+    ends = end_ids(path, values, ids)
+    ours["eos_token_id"] = ends[0] if ends else None
+
+    given = {name: value for name, value in ours.items() if value is not None}
+    needed = [f.name for f in fields(Config) if f.default is MISSING]
+    missing = dict.fromkeys(keys[name] for name in needed if name not in given)
+    require(not missing, f"{path}: missing keys {list(missing)}")
+    try:
+        config = Config(**given)
+    except ValueError as error:
+        raise ValueError(f"{path}: {in_words_of_the_file(error, keys)}") from error
+
+    head_dim = values.get("head_dim")
+    said = f"{path}: head_dim is {shown(head_dim)}, but only {config.head_dim} is implemented"
+    require(head_dim in (None, config.head_dim), said)
+    others = tuple(id for id in ends[1:] if id < config.embedding_size)  # the rest cannot come out
+    return replace(config, other_end_ids=others)
 
 
-def checkpoint_folder(path_or_repo_id):
+def refuse_what_is_not_implemented(path, values):
+    """ValueError for a key that asks for another computation than the one above."""
+    for key, implemented in (IMPLEMENTED | HF_IMPLEMENTED).items():
+        value = values.get(key, implemented)
+        same = value == implemented or not value and not implemented
+        if key == "sliding_window" and values.get("use_sliding_window") is False:
+            same = True  # some files hold one nevertheless
+        said = f"{path}: {key} is {shown(value)}, but only {implemented!r} is implemented"
+        require(same, said)
+
+    types = values.get("layer_types") or []
+    full = isinstance(types, list) and all(kind == "full_attention" for kind in types)
+    said = f"{path}: layer_types is {shown(types)}, but only 'full_attention' is implemented"
+    require(full, said)
+
+
+def rope_theta(path, values):
+    """The base of the rotary embedding, from wherever a file keeps it; ValueError if it scales."""
+    thetas = [values.get("rope_theta")]
+    for key in ("rope_scaling", "rope_parameters"):
+        said = values.get(key) or {}
+        plain = isinstance(said, dict) and all(
+            name == "rope_theta" or name in PLAIN_ROPE and value in (None, PLAIN_ROPE[name])
+            for name, value in said.items()
+        )
+        message = f"{path}: {key} is {shown(said)}, but only the default rope_type is implemented"
+        require(plain, message)
+        thetas.append(said.get("rope_theta"))
+
+    thetas = [theta for theta in thetas if theta is not None]
+    one = all(theta == thetas[0] for theta in thetas)
+    require(one, f"{path}: rope_theta is {shown(thetas)}, should be one number")
+    return thetas[0] if thetas else None
+
+
+def qkv_bias(path, values, model_type):
+    """Whether q, k and v have biases: Qwen2 always, Llama never (or its output has one too)."""
+    biased = QKV_BIAS[model_type]
+    value = values.get("attention_bias")
+    said = f"{path}: attention_bias is {shown(value)}, but only {biased} is implemented"
+    require(value in (None, biased), f"{said} for {model_type}")
+    return biased
+
+
+def mask_token_id(folder, ids, model_type):
+    """The id of [MASK], where config.json is silent; None if the tokenizer has none."""
+    about = folder / "tokenizer_config.json"
+    token = read_json(about).get("mask_token") if about.exists() else None
+    if isinstance(token, dict):
+        token = token.get("content")
+    if token is None:
+        token = MASK_TOKENS[model_type]
+    return ids.get(token) if isinstance(token, str) else None
+
+
+def end_ids(path, values, ids):
+    """All ids that end an answer: of config.json, generation_config.json, the tokenizer's turns."""
+    found = []
+    generation = path.parent / "generation_config.json"
+    for file in (path, generation):
+        if file.exists():
+            said = (values if file == path else read_json(file)).get("eos_token_id")
+            for id in said if isinstance(said, list) else [said]:
+                right = id is None or type(id) is int and id >= 0
+                require(right, f"{file}: eos_token_id is {shown(said)}, should be ids")
+                found.append(id)
+    found += [ids.get(token) for token in END_OF_TURN]
+    return [id for id in dict.fromkeys(found) if id is not None]
+
+
+def in_words_of_the_file(error, keys):
+    """The message of a Config under the keys that the file has."""
+    message = str(error)
+    for ours, key in keys.items():
+        message = message.replace(ours, key)
+    return message
+
+
+def load_model(path_or_repo_id, device, dtype, revision):
+    """The Transformer of a checkpoint; see Transformer.from_pretrained."""
+    require(dtype in (None, *DTYPES), f"dtype is {dtype}, should be None or of {DTYPES}")
+    require_device(device, torch.float32 if dtype is None else dtype)
+    folder = checkpoint_folder(path_or_repo_id, revision)
+    config = Config.from_json(folder / "config.json")
+    adapter = folder / "adapter_config.json"
+    require(not adapter.exists(), f"{adapter}: adapters are not implemented, should be merged")
+
+    stored = stored_tensors(folder)
+    dtypes = sorted({tensor.dtype for tensor in stored.values()}, key=str)
+    said = f"{folder}: mixes {dtypes}, choose the dtype to convert all to (--dtype)"
+    require(dtype is not None or len(dtypes) <= 1, said)
+    require_device(device, dtype or dtypes[0])
+
+    require_sizes_within(folder, config, stored)
+    with torch.device("meta"):
+        model = Transformer(config)
+    require_fit(folder, model, stored)
+    tensors = read_tensors(stored, device, dtype)
+    if config.weight_tying and HEAD in tensors:
+        same = torch.equal(tensors.pop(HEAD), tensors[PREFIX + "wte.weight"])
+        said = f"{folder}: the embedding is the head too, says config.json, but the files hold a"
+        require(same, f"{said} head unlike it, {stored[HEAD].name}")
+    model.load_state_dict(
+        {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, assign=True
+    )
+    return model.requires_grad_(False)
+
+
+def require_device(device, dtype):
+    """ValueError unless torch can compute on `device` in `dtype`."""
+    try:
+        torch.zeros(1, device=device, dtype=dtype).item()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"device is {str(device)!r}, torch refuses {dtype}: {reason}") from error
+
+
+def checkpoint_folder(path_or_repo_id, revision=None):
     """The local folder of a checkpoint, downloaded from the hub if it is not one already."""
     if str(path_or_repo_id) and Path(path_or_repo_id).is_dir():
+        said = f"revision is {revision!r}, but {path_or_repo_id} is a local folder, which has none"
+        require(revision is None, said)
         return Path(path_or_repo_id)
+
+    patterns = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
     try:
-        patterns = ["*.json", "*.safetensors", "merges.txt"]
-        return Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
+        repo_id = str(path_or_repo_id)
+        folder = snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
     except Exception as error:  # errors of the hub, its cache and HTTP share no base class
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         said = f"{str(path_or_repo_id)!r} is no local folder, and the hub does not give it"
-        raise ValueError(f"{said}: {str(error).strip().partition(chr(10))[0]}") from error
+        # The first line is a number of HTTP, the reason (gated? missing?) stands below.
+        raise ValueError(f"{said}: {' '.join(lines[:4])[:500]}") from error
+    return Path(folder)
 
 
-def read_json(path):
-    """The JSON object in the file at `path`; ValueError if there is none."""
+def require_no_pointer(file):
+    """ValueError if git-LFS left a pointer in place of a file."""
+    mark = b"version https://git-lfs"
+    if file.is_file():
+        with open(file, "rb") as stream:
+            pointer = stream.read(len(mark)) == mark
+        require(not pointer, f"{file}: a pointer of git-LFS, `git lfs pull` gets the file itself")
+
+
+def read_json(file):
+    """The JSON object in a file; ValueError if there is none."""
+    require_no_pointer(file)
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no readable JSON file ({error})") from error
-    require(isinstance(values, dict), f"{path}: holds {type(values)}, should hold a JSON object")
+        raise ValueError(f"{file}: no readable JSON file ({error})") from error
+    require(isinstance(values, dict), f"{file}: holds {type(values)}, should hold a JSON object")
     return values
 
 
@@ -386,33 +563,44 @@ def shards(folder):
     if single.exists():
         return [single]
     require(index.exists(), f"{folder}: holds neither {single.name} nor {index.name}")
+
     weight_map = read_json(index).get("weight_map")
-    require(isinstance(weight_map, dict), f"{index}: has no weight_map")
+    require(weight_map and isinstance(weight_map, dict), f"{index}: has no weight_map")
     for file in weight_map.values():
         # A checkpoint is somebody else's data: it must not make us read outside its folder.
-        beside = Path(str(file)).name == file and file not in ("", "..")
-        require(beside, f"{index}: shard {file!r} should be the name of a file beside it")
+        beside = isinstance(file, str) and Path(file).name == file and file not in ("", "..")
+        require(beside, f"{index}: shard {shown(file)} should be the name of a file beside it")
     return [folder / file for file in sorted(set(weight_map.values()))]
 
 
-def read_tensors(folder, device, dtype):
-    """{LLaDA's name: tensor} of a checkpoint, on `device` and in `dtype` (None: as stored)."""
-    tensors = {}
+class Stored(NamedTuple):
+    """A tensor of a checkpoint, as the head of its file describes it."""
+
+    file: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple
+
+
+def stored_tensors(folder):
+    """{LLaDA's name: Stored} of a checkpoint; no weight is read."""
+    found = {}
     for file in shards(folder):
+        require_no_pointer(file)
         try:
-            with safe_open(file, framework="pt", device=str(device)) as stored:
-                for name in stored.keys():
-                    tensor = stored.get_tensor(name)
-                    supported = tensor.dtype in DTYPES
-                    require(supported, f"{file}: dtype {tensor.dtype} of {name} is not supported")
-                    ours = llada_name(name)
-                    require(ours not in tensors, f"{file}: {name} is in the checkpoint already")
-                    tensors[ours] = tensor if dtype is None else tensor.to(dtype)
+            with safe_open(file, framework="pt") as tensors:
+                heads = [(name, tensors.get_slice(name)) for name in tensors.keys()]
+                heads = [(name, head.get_dtype(), head.get_shape()) for name, head in heads]
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: missing, truncated or corrupt ({error})") from error
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    require(len(dtypes) <= 1, f"{folder}: mixes {dtypes}, pass the dtype to convert all to")
-    return tensors
+        for name, dtype, shape in heads:
+            said = f"{file}: {shown(name)} is {dtype}, should be one of {list(STORED_DTYPES)}"
+            require(dtype in STORED_DTYPES, said)
+            ours = llada_name(name)
+            require(ours not in found, f"{file}: {shown(name)} is in the checkpoint already")
+            found[ours] = Stored(file, name, STORED_DTYPES[dtype], tuple(shape))
+    require(found, f"{folder}: the safetensors files hold no tensor")
+    return found
 
 
 def llada_name(name):
@@ -422,8 +610,55 @@ def llada_name(name):
     return name
 
 
+def require_sizes_within(folder, config, stored):
+    """ValueError for a model larger than the files: such a one should not even be built."""
+    C = config.d_model
+    least = {  # numbers in some of the matrices that a size makes
+        "d_model": C * C,
+        "n_layers": config.n_layers * C * C,
+        "mlp_hidden_size": config.mlp_hidden_size * C,
+        "embedding_size": config.embedding_size * C,
+    }
+    held = sum(prod(tensor.shape) for tensor in stored.values())
+    for name, numbers in least.items():
+        key = name if config.model_type == "llada" else HF_KEYS[name]
+        said = f"{folder / 'config.json'}: {key} is {getattr(config, name)}, but the files hold"
+        require(numbers <= held, f"{said} only {held} numbers")
+
+
+def require_fit(folder, model, stored):
+    """ValueError unless the files hold the parameters of the model, in these shapes, alone."""
+    wanted = {PREFIX + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.weight_tying and HEAD in stored:  # some files hold the head nevertheless
+        wanted[HEAD] = wanted[PREFIX + "wte.weight"]
+    missing = [name for name in wanted if name not in stored]
+    unexpected = [tensor.name for ours, tensor in stored.items() if ours not in wanted]
+    other_shape = [
+        f"{tensor.name} {list(tensor.shape)} should be {list(wanted[ours])}"
+        for ours, tensor in stored.items()
+        if ours in wanted and tensor.shape != wanted[ours]
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": other_shape}
+    lines = [f"{len(names)} {what}: {some(names)}" for what, names in problems.items() if names]
+    require(not lines, "\n".join([f"{folder}: the tensors do not fit config.json", *lines]))
+
+
+def read_tensors(stored, device, dtype):
+    """{LLaDA's name: tensor} of a checkpoint, on `device` and in `dtype` (None: as stored)."""
+    tensors = {}
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        with safe_open(file, framework="pt") as opened:
+            for ours, tensor in stored.items():
+                if tensor.file == file:
+                    tensors[ours] = opened.get_tensor(tensor.name).to(device=device, dtype=dtype)
+    return tensors
+
+
 # ---- Text ----------------------------------------------------------------------------------------
 
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # LLaDA and Dream write them before the end of sequence
+ADDED_TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+CONTROL = ("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|im_start|>")
 # How Qwen2, and so Dream, cuts a text into words.
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -431,59 +666,225 @@ QWEN2_WORDS = (
 )
 
 
-def load_tokenizer(path_or_repo_id):
-    """The tokenizer of tokenizer.json, or else of Qwen2's three files; ValueError without any."""
-    file = checkpoint_folder(path_or_repo_id) / "tokenizer.json"
+def token_ids(folder):
+    """{token: id} from a tokenizer's files, which building it would take longer; {}: no files."""
+    single, vocabulary = folder / "tokenizer.json", folder / "vocab.json"
+    if not single.exists() and not vocabulary.exists():
+        return {}
+    if not single.exists():
+        added = {token.content: id for id, token in added_tokens(folder).items()}
+        return integers(vocabulary, read_json(vocabulary) | added)
+
+    values = read_json(single)
     try:
-        return Tokenizer.from_file(str(file)) if file.exists() else qwen2_tokenizer(file.parent)
+        vocab = values["model"]["vocab"]
+        if isinstance(vocab, list):  # Unigram's: pairs of a token and its score, in order
+            vocab = {token: id for id, (token, _) in enumerate(vocab)}
+        added = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
+        return integers(single, vocab | added)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{single}: no readable tokenizer ({error!r:.300})") from error
+
+
+def integers(file, ids):
+    """The {token: id} of a file, each id an integer; ValueError otherwise."""
+    wrong = [token for token, id in ids.items() if type(id) is not int or id < 0]
+    require(not wrong, f"{file}: the ids of {some(wrong)} should be integers from 0 on")
+    return ids
+
+
+def load_tokenizer(path_or_repo_id, revision=None):
+    """The tokenizer of tokenizer.json, or else of Qwen2's three files; ValueError without any.
+
+    One line on stderr if the checkpoint's own chat template is not the one used here.
+    """
+    folder = checkpoint_folder(path_or_repo_id, revision)
+    file = folder / "tokenizer.json"
+    require_no_pointer(file)
+    try:
+        tokenizer = Tokenizer.from_file(str(file)) if file.exists() else qwen2_tokenizer(folder)
     except Exception as error:  # the tokenizers library raises nothing more specific
-        raise ValueError(f"{file}: no readable tokenizer ({error})") from error
+        raise ValueError(f"{file}: no readable tokenizer ({str(error)[:300]})") from error
+    tokenizer.no_truncation()  # a file may have been saved with either, for training
+    tokenizer.no_padding()
 
-
-def qwen2_tokenizer(folder):
-    """Byte-level BPE of vocab.json and merges.txt, then the tokens of added_tokens.json."""
-    files = (str(folder / name) for name in ("vocab.json", "merges.txt"))
-    tokenizer = ByteLevelBPETokenizer(*files, unicode_normalizer="nfc")
-    words = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
-    ids = read_json(folder / "added_tokens.json")
-    tokenizer.add_special_tokens(sorted(ids, key=ids.get))
-    wrong = [token for token in ids if tokenizer.token_to_id(token) != ids[token]]
-    require(not wrong, f"added_tokens.json: the ids of {wrong} should follow those of vocab.json")
+    base = "-base" in Path(path_or_repo_id).name.lower()
+    note = note_on_the_template(template_of(tokenizer), own_template(folder), base)
+    if note:
+        print(f"note: {path_or_repo_id} {note}", file=sys.stderr)
     return tokenizer
 
 
-def chat_prompt(messages):
-    """LLaDA-Instruct's template for a list of {"role": ..., "content": ...}, up to the answer."""
-    header = "<|start_header_id|>{role}<|end_header_id|>\n\n"
-    turns = [header.format(**turn) + turn["content"].strip() + "<|eot_id|>" for turn in messages]
-    return "<|startoftext|>" + "".join(turns) + header.format(role="assistant")
+def qwen2_tokenizer(folder):
+    """Byte-level BPE of vocab.json and merges.txt, and the added tokens."""
+    file = folder / "merges.txt"
+    require_no_pointer(file)
+    merges = []
+    for line in file.read_text(encoding="utf-8").split("\n"):
+        if line.strip() and not line.startswith("#version"):
+            left, right = line.split()
+            merges.append((left, right))
+
+    tokenizer = Tokenizer(models.BPE(read_json(folder / "vocab.json"), merges))
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    tokenizer.decoder = decoders.ByteLevel()
+
+    added = added_tokens(folder)
+    for token in added.values():
+        add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
+        add([token])
+    got = {id: tokenizer.token_to_id(token.content) for id, token in added.items()}
+    wrong = [token.content for id, token in added.items() if got[id] != id]
+    require(not wrong, f"added_tokens.json: the ids of {some(wrong)} should follow vocab.json's")
+    return tokenizer
 
 
-def chatml_prompt(messages):
+def added_tokens(folder):
+    """{id: AddedToken} of added_tokens.json and tokenizer_config.json, in order of the ids."""
+    listed, about = folder / "added_tokens.json", folder / "tokenizer_config.json"
+    found = {}
+    if listed.exists() or not about.exists():
+        for token, id in integers(listed, read_json(listed)).items():
+            found[id] = AddedToken(token, special=True, normalized=False)
+    described = read_json(about).get("added_tokens_decoder") or {} if about.exists() else {}
+    for id, flags in described.items():
+        try:
+            found[int(id)] = AddedToken(**{name: flags[name] for name in ADDED_TOKEN_FLAGS})
+        except (KeyError, TypeError, ValueError) as error:
+            said = f"{about}: added_tokens_decoder holds {shown(id)}: {shown(flags)}"
+            raise ValueError(f"{said}, should be an id and its token") from error
+    return dict(sorted(found.items()))
+
+
+def llada_turns(messages):
+    """LLaDA-Instruct's template: each of its control tokens, and the text behind it.
+
+    messages: a list of {"role": ..., "content": ...}; the last turn is the answer's, open.
+    """
+    turns = [("<|startoftext|>", "")]
+    for message in messages:
+        turns.append(("<|start_header_id|>", message["role"]))
+        turns.append(("<|end_header_id|>", "\n\n" + message["content"].strip()))
+        turns.append(("<|eot_id|>", ""))
+    return [*turns, ("<|start_header_id|>", "assistant"), ("<|end_header_id|>", "\n\n")]
+
+
+def chatml_turns(messages):
     """The same in ChatML, Dream's template, which always starts with a system message."""
     if not messages or messages[0]["role"] != "system":
         messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
-    turn = "<|im_start|>{role}\n{content}<|im_end|>\n"
-    return "".join(turn.format(**message) for message in messages) + "<|im_start|>assistant\n"
+    turns = []
+    for message in messages:
+        turns.append(("<|im_start|>", f"{message['role']}\n{message['content']}"))
+        turns.append(("<|im_end|>", "\n"))
+    return [*turns, ("<|im_start|>", "assistant\n")]
+
+
+def chat_prompt(messages):
+    """A conversation in LLaDA-Instruct's template, up to the answer, as one text."""
+    return "".join(control + text for control, text in llada_turns(messages))
+
+
+def chatml_prompt(messages):
+    """A conversation in ChatML, up to the answer, as one text."""
+    return "".join(control + text for control, text in chatml_turns(messages))
+
+
+def template_of(tokenizer):
+    """llada_turns or chatml_turns, if the tokenizer has the tokens of one; else None."""
+    anything = [{"role": "user", "content": ""}]
+    for turns in (llada_turns, chatml_turns):
+        if all(tokenizer.token_to_id(control) is not None for control, _ in turns(anything)):
+            return turns
+    return None
+
+
+def note_on_the_template(turns, own, base):
+    """What a user should know if the chat template is not the model's own; else None."""
+    if turns is None:
+        return own and "has a chat template that is not implemented: the prompt goes without one"
+    if own is None or base:
+        return "looks like a base model: the prompt is put into a chat template all the same"
+    if not resembles(own, turns):
+        return "has a chat template other than the one that the prompt is put into here"
+    return None
+
+
+def own_template(folder):
+    """The text of a checkpoint's chat template, for an engine that is not here; None if absent."""
+    file, about = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.exists():
+        return file.read_text(encoding="utf-8", errors="replace")
+    template = read_json(about).get("chat_template") if about.exists() else None
+    if isinstance(template, list):  # of {"name": ..., "template": ...}
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = " ".join(str(entry.get("template")) for entry in named)
+    return template if template is None else str(template)
+
+
+def resembles(own, turns):
+    """Whether a checkpoint's template holds what is fixed in ours, and no other system message."""
+    own = own.replace("\\n", "\n")
+    if turns is chatml_turns:
+        return "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" in own
+    fixed = ("<|start_header_id|>", "<|end_header_id|>\n\n", "trim", "<|eot_id|>", "bos_token")
+    return all(text in own for text in fixed) and "system" not in own
 
 
 def encode_prompt(tokenizer, text):
-    """A user's text, in the chat template if there is one.  -> (1, P) ids, or ValueError"""
-    templates = {"<|start_header_id|>": chat_prompt, "<|im_start|>": chatml_prompt}
-    fits = [chat for token, chat in templates.items() if tokenizer.token_to_id(token) is not None]
-    if fits:
-        text = fits[0]([{"role": "user", "content": text}])
-    encoding = tokenizer.encode(text, add_special_tokens=False)
+    """A user's text, in the chat template if there is one.  -> (1, P) ids, or ValueError
+
+    Only the template's own control tokens become control ids: those that the text spells out stay
+    text. A tokenizer cuts at control tokens first, so all ids are those of the whole template.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        wrong = text[error.start : error.end]
+        raise ValueError(f"prompt holds {wrong!r}, half a character: no Unicode text") from error
+
+    turns = template_of(tokenizer)
+    pieces = [(None, text)] if turns is None else turns([{"role": "user", "content": text}])
+    ids = []
+    for control, piece in pieces:
+        if control is not None:
+            ids.append(tokenizer.token_to_id(control))
+        ids += literal_ids(tokenizer, piece)
+    require(ids, f"prompt is {text!r}, should hold at least one token")
+    return torch.tensor([ids])
+
+
+def literal_ids(tokenizer, text):
+    """The ids of a text in which special tokens are text like any other, or ValueError."""
+    before = tokenizer.encode_special_tokens
+    tokenizer.encode_special_tokens = True
+    try:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+    finally:
+        tokenizer.encode_special_tokens = before
+
+    unk = getattr(tokenizer.model, "unk_token", None)
     pieces = zip(encoding.tokens, encoding.offsets)
-    unknown = [text[start:stop].strip() for token, (start, stop) in pieces if token == "<unk>"]
+    unknown = [text[start:stop].strip() for token, (start, stop) in pieces if token == unk]
     require(not unknown, f"prompt: this model has no token for {unknown}")
-    require(encoding.ids, f"prompt is {text!r}, should hold at least one token")
-    return torch.tensor([encoding.ids])
+
+    special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    special |= {tokenizer.token_to_id(token) for token in (*CONTROL, *END_OF_TURN)}
+    control = [token for token, id in zip(encoding.tokens, encoding.ids) if id in special]
+    require(not control, f"prompt: this tokenizer takes {control} for control tokens")
+    return encoding.ids
 
 
 def decode_response(tokenizer, response, eos_token_id):
-    """The text of a response, (gen_length,) ids, up to its first end-of-sequence token."""
-    ids = [*response.tolist(), eos_token_id]
-    return tokenizer.decode(ids[: ids.index(eos_token_id)]).strip()
+    """The text of a response, (gen_length,) ids, up to the first token that ends an answer.
+
+    eos_token_id: one id or several; the tokenizer's end-of-turn tokens end an answer too.
+    """
+    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    ends |= {tokenizer.token_to_id(token) for token in END_OF_TURN}
+    ids = response.tolist()
+    length = next((i for i, id in enumerate(ids) if id in ends), len(ids))
+    return tokenizer.decode(ids[:length]).strip()

@@ -1,200 +1,48 @@
 """Checkpoints written here, good and bad, against what the loader makes of them: the same numbers
 bit for bit, or one ValueError that names the culprit and its value."""
 
+import dataclasses
 import json
-import re
 import tempfile
-import unicodedata
-from dataclasses import MISSING, asdict, fields, replace
-from itertools import cycle
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
 import torch
+from checkpoints import (
+    ADDED,
+    CODER,
+    DREAM,
+    DTYPES,
+    FIELDS,
+    ILLADA,
+    INDEX,
+    LAYOUTS,
+    LLADA,
+    NEEDED,
+    PREFIX,
+    TINY,
+    hf_name,
+    make_tensors,
+    refusal,
+    write_checkpoint,
+    write_json,
+    write_layout,
+    write_llada_tokenizer,
+    write_qwen2,
+    write_words,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 from huggingface_hub.utils import filter_repo_objects
-from model import Config, Transformer, chat_prompt, chatml_prompt, encode_prompt, load_tokenizer
+from model import Config, Transformer, load_tokenizer
 from safetensors import safe_open
 from tokenizers import Tokenizer, models
 
 import model as model_file
 from strategies import model_specs
-from tiny.train import save_tensors
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-PREFIX = "model.transformer."
-INDEX = "model.safetensors.index.json"
-FIELDS = [field.name for field in fields(Config) if field.name != "other_end_ids"]
-NEEDED = [field.name for field in fields(Config) if field.default is MISSING]
-
-# config.json of LLaDA-8B-Instruct.
-LLADA = json.loads("""{
-    "activation_type": "silu", "alibi": false, "alibi_bias_max": 8.0,
-    "architectures": ["LLaDAModelLM"], "attention_dropout": 0.0, "attention_layer_norm": false,
-    "attention_layer_norm_with_affine": true,
-    "auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig",
-                 "AutoModel": "modeling_llada.LLaDAModelLM",
-                 "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"},
-    "bias_for_layer_norm": false, "block_group_size": 1, "block_type": "llama", "d_model": 4096,
-    "embedding_dropout": 0.0, "embedding_size": 126464, "eos_token_id": 126081,
-    "flash_attention": false, "include_bias": false, "include_qkv_bias": false,
-    "init_cutoff_factor": null, "init_device": "meta", "init_fn": "mitchell", "init_std": 0.02,
-    "input_emb_norm": false, "layer_norm_type": "rms", "layer_norm_with_affine": true,
-    "mask_token_id": 126336, "max_sequence_length": 4096, "mlp_hidden_size": 12288, "mlp_ratio": 4,
-    "model_type": "llada", "multi_query_attention": null, "n_heads": 32, "n_kv_heads": 32,
-    "n_layers": 32, "pad_token_id": 126081, "precision": "amp_bf16", "residual_dropout": 0.0,
-    "rms_norm_eps": 1e-05, "rope": true, "rope_full_precision": true, "rope_theta": 500000.0,
-    "scale_logits": false, "transformers_version": "4.46.3", "use_cache": false,
-    "vocab_size": 126464, "weight_tying": false
-}""")
-TINY = LLADA | {"d_model": 8, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 6}
-TINY |= {"vocab_size": 11, "embedding_size": 12, "mask_token_id": 11, "eos_token_id": 0}
-
-# Key by key, what other models of the family do and this one does not.
-OTHER = {"activation_type": "gelu", "block_group_size": 2, "block_type": "sequential"}
-OTHER |= {"clip_qkv": 8.0, "layer_norm_type": "low_precision", "multi_query_attention": True}
-OTHER |= {"layer_norm_with_affine": False, "rope": False, "rope_full_precision": False}
-OTHER |= {"rope_scaling": {"type": "linear", "factor": 2.0}, "sliding_window": 4096}
-OTHER |= {"alibi": True, "attention_layer_norm": True, "bias_for_layer_norm": True}
-OTHER |= {"include_bias": True, "input_emb_norm": True, "scale_logits": True}
-
-# config.json of Dream-7B, iLLaDA-8B and Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm, made tiny.
-HF = {"attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 8, "initializer_range": 0.02}
-HF |= {"intermediate_size": 6, "max_position_embeddings": 4096, "num_attention_heads": 4}
-HF |= {"num_hidden_layers": 3, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "use_cache": True}
-HF |= {"bos_token_id": 8, "eos_token_id": 9, "rope_scaling": None, "vocab_size": 12}
-DREAM = HF | {"architectures": ["DreamModel"], "model_type": "Dream", "rope_theta": 1000000.0}
-DREAM |= {"mask_token_id": 11, "max_window_layers": 3, "pad_token_id": 9, "sliding_window": None}
-DREAM |= {"tie_word_embeddings": False, "use_mrope": False, "use_sliding_window": False}
-ILLADA = HF | {"model_type": "illada", "attention_bias": False, "head_dim": 2, "mlp_bias": False}
-ILLADA |= {"mask_token_id": 5, "rope_theta": 500000.0, "tie_word_embeddings": True}
-CODER = HF | {"architectures": ["A2DQwen2LMHeadModel"], "model_type": "a2d-qwen2"}
-CODER |= {"layer_types": ["full_attention"] * 3, "max_window_layers": 3, "sliding_window": 32768}
-CODER |= {"rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}}
-CODER |= {"tie_word_embeddings": True, "use_sliding_window": False}
-
-# What they mean, where it is not what TINY says.
-MEANING = {"n_layers": 3, "vocab_size": 12, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
-MEANING = {field: TINY[field] for field in FIELDS} | MEANING | {"eos_token_id": 9}
-LAYOUTS = {
-    "Dream": (DREAM, {"include_qkv_bias": True}),
-    "illada": (ILLADA, {"weight_tying": True, "mask_token_id": 5, "rope_theta": 5e5}),
-    "a2d-qwen2": (CODER, {"include_qkv_bias": True, "weight_tying": True}),
-}
-
-# LLaDA's names in that layout.
-OUTER = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
-INNER = {"attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm"}
-INNER |= {"q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj"}
-INNER |= {"attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj"}
-INNER |= {"ff_out": "mlp.down_proj"}
-
-# A tokenizer in Qwen2's three files: a letter for each byte (the space is Ġ, the newline Ċ, and the
-# two bytes of é are Ã©), what the merges make of them, and two special tokens.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-LETTERS = {byte: chr(byte) for byte in PRINTABLE}
-LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
-MERGES = "h e,l l,Ġ t,t he,Ġt he,Ã ©,Ċ Ċ,4 2,' s,he ll,e ll".split(",")
-VOCAB = [*LETTERS.values(), *(merge.replace(" ", "") for merge in MERGES)]
-ADDED = {"<|im_end|>": len(VOCAB) + 1, "<|im_start|>": len(VOCAB)}
-QWEN2 = {"vocab.json": json.dumps({token: i for i, token in enumerate(VOCAB)})}
-QWEN2 |= {"merges.txt": "\n".join(MERGES), "added_tokens.json": json.dumps(ADDED)}
-
-
-def tensor_shapes(config):
-    """Names and shapes of the tensors in a checkpoint in LLaDA's layout."""
-    C, M, V = config["d_model"], config["mlp_hidden_size"], config["embedding_size"]
-    kv = C // config["n_heads"] * config["n_kv_heads"]
-    block = {"attn_norm": (C,), "q_proj": (C, C), "k_proj": (kv, C), "v_proj": (kv, C)}
-    block |= {"attn_out": (C, C), "ff_norm": (C,), "ff_proj": (M, C), "up_proj": (M, C)}
-    block |= {"ff_out": (C, M)}
-    shapes = {"wte": (V, C), "ln_f": (C,), "ff_out": (V, C)}
-    for layer in range(config["n_layers"]):
-        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
-    shapes = {f"{PREFIX}{name}.weight": shape for name, shape in shapes.items()}
-    if config["weight_tying"]:
-        del shapes[PREFIX + "ff_out.weight"]
-    if config["include_qkv_bias"]:
-        for name in [name for name in shapes if name[:-7].endswith(("q_proj", "k_proj", "v_proj"))]:
-            shapes[name.replace("weight", "bias")] = shapes[name][:1]
-    return shapes
-
-
-def make_tensors(config=TINY, dtype=torch.float32, seed=0):
-    """Random tensors, all different, under the checkpoint's names."""
-    random = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
-        for name, shape in tensor_shapes(config).items()
-    }
-
-
-def hf_name(name):
-    """What Hugging Face's layout calls a tensor of LLaDA's."""
-    *block, module, kind = name.removeprefix(PREFIX).split(".")
-    return f"model.layers.{block[1]}.{INNER[module]}.{kind}" if block else f"{OUTER[module]}.{kind}"
-
-
-def write_json(file, values):
-    file.write_text(json.dumps(values), encoding="utf-8")
-
-
-def write_checkpoint(folder, config=TINY, tensors=None, n_shards=None):
-    """A checkpoint folder; with n_shards, tensor by tensor dealt to the shards in turn."""
-    tensors = make_tensors() if tensors is None else tensors
-    folder.mkdir(exist_ok=True)
-    write_json(folder / "config.json", config)
-    if n_shards is None:
-        save_tensors(tensors, folder / "model.safetensors")
-        return folder
-    files = [f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors" for i in range(n_shards)]
-    weight_map = dict(zip(tensors, cycle(files)))
-    for file in files:
-        held = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
-        save_tensors(held, folder / file)
-    write_json(folder / INDEX, {"metadata": {"total_size": 1}, "weight_map": weight_map})
-    return folder
-
-
-def write_layout(folder, layout, n_shards=None, change=None):
-    """A checkpoint folder in one of the LAYOUTS.  -> folder, its Config, tensors by LLaDA's names
-
-    change: {name in the folder: another tensor, or None to leave it out}.
-    """
-    values, meaning = LAYOUTS[layout]
-    config = Config(**MEANING | meaning | {"model_type": layout})
-    tensors = make_tensors(asdict(config))
-    stored = {hf_name(name): tensor for name, tensor in tensors.items()} | (change or {})
-    stored = {name: tensor for name, tensor in stored.items() if tensor is not None}
-    write_words(write_checkpoint(folder, values, stored, n_shards), "abcdefghijkl")
-    write_json(folder / "tokenizer_config.json", {"mask_token": "l"})
-    return folder, config, tensors
-
-
-def write_words(folder, words):
-    """A tokenizer.json that gives every word its place in the list."""
-    vocabulary = {word: i for i, word in enumerate(words)}
-    Tokenizer(models.WordLevel(vocabulary, words[0])).save(str(folder / "tokenizer.json"))
-
-
-def write_qwen2(folder, **changes):
-    """Qwen2's three files, some with other content; None leaves one out."""
-    for file, content in (QWEN2 | changes).items():
-        if content is not None:
-            (folder / file).write_text(content, encoding="utf-8")
-    return folder
-
-
-def slow_bpe(word):
-    """Ids of a word, by definition: while a merge applies, the first in the list, leftmost."""
-    text = f" {' '.join(LETTERS[byte] for byte in word.encode())} "
-    while merge := next((merge for merge in MERGES if f" {merge} " in text), None):
-        text = text.replace(f" {merge} ", f" {merge.replace(' ', '')} ", 1)
-    return [VOCAB.index(part) for part in text.split()]
 
 
 def holds(model, tensors):
@@ -204,14 +52,6 @@ def holds(model, tensors):
         found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
         for name, tensor in tensors.items()
     )
-
-
-def refusal(path, load=Transformer.from_pretrained, **arguments):
-    """The message of the ValueError raised, and of no special kind that slipped through."""
-    with pytest.raises(ValueError) as caught:
-        load(path, **arguments)
-    assert type(caught.value) is ValueError, repr(caught.value)
-    return str(caught.value)
 
 
 # Good checkpoints
@@ -276,33 +116,172 @@ def test_tensors_read_become_parameters_of_an_empty_model_uncopied(tmp_path, mon
 # config.json
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"attention_dropout": 0.5, "init_device": "cuda", "pad_token_id": None, "use_cache": True},
-        {"multi_query_attention": False, "rope_theta": 500000, "unheard_of": {"a": [1, 2]}},
-    ],
-)
+# Key by key, what the classes LLaDAConfig, LlamaConfig, Qwen2Config, DreamConfig and ILLaDAConfig
+# have: obeyed, that is, a field of Config ...
+OBEYED = {
+    "LLaDA": {
+        "d_model": 16, "n_layers": 5, "n_heads": 2, "n_kv_heads": 1, "mlp_hidden_size": 7,
+        "vocab_size": 9, "embedding_size": 13, "max_sequence_length": 77, "rope_theta": 1e4,
+        "rms_norm_eps": 1e-4, "mask_token_id": 3, "eos_token_id": 4, "include_qkv_bias": True,
+        "weight_tying": True, "model_type": "illada",
+    },
+    "HF": {
+        "hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "intermediate_size": 7, "vocab_size": 13,
+        "max_position_embeddings": 77, "rope_theta": 1e4, "rms_norm_eps": 1e-4, "mask_token_id": 3,
+        "eos_token_id": 4, "tie_word_embeddings": True, "model_type": "illada",
+    },
+}  # fmt: skip
+# ... refused, because it asks for another computation (and what else of that kind there is) ...
+REFUSED = {
+    "LLaDA": {
+        "activation_type": "gelu", "alibi": True, "attention_layer_norm": True,
+        "bias_for_layer_norm": True, "block_group_size": 2, "block_type": "sequential",
+        "clip_qkv": 8.0, "include_bias": True, "input_emb_norm": True,
+        "layer_norm_type": "low_precision", "layer_norm_with_affine": False,
+        "multi_query_attention": True, "rope": False, "rope_full_precision": False,
+        "scale_logits": True,
+    },
+    "HF": {
+        "attention_bias": False, "head_dim": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-5,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "mlp_bias": True, "model_type": "qwen2", "rope_parameters": {"type": "yarn"},
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "sliding_window": 4096,
+        "use_mrope": True,
+    },
+    "both": {
+        "attention_multiplier": 0.1, "attn_logit_softcapping": 50.0,
+        "compression_config": {"format": "int"}, "embedding_multiplier": 12.0,
+        "final_logit_softcapping": 30.0, "logit_scale": 0.06, "logits_scaling": 8.0,
+        "n_routed_experts": 64, "num_experts": 8, "num_experts_per_tok": 2,
+        "num_local_experts": 8, "partial_rotary_factor": 0.5, "qk_layernorm": True,
+        "qk_norm": True, "quantization": {"bits": 8}, "quantization_config": {"bits": 4},
+        "residual_multiplier": 0.2, "rope_type": "yarn", "rotary_pct": 0.25, "use_qk_norm": True,
+    },
+}  # fmt: skip
+# ... or without influence on a logit.
+FREE = {
+    "LLaDA": {
+        "alibi_bias_max": 1.0, "attention_dropout": 0.5, "attention_layer_norm_with_affine": False,
+        "embedding_dropout": 0.5, "flash_attention": True, "init_cutoff_factor": 3.0,
+        "init_device": "cuda", "init_fn": "normal", "init_std": 1.0, "mlp_ratio": 9,
+        "precision": "fp32", "residual_dropout": 0.5,
+    },
+    "HF": {
+        "attention_dropout": 0.5, "initializer_range": 1.0, "max_window_layers": 1,
+        "pretraining_tp": 2, "resid_pdrop": 0.5, "use_sliding_window": False,
+    },
+    "both": {
+        "architectures": ["X"], "auto_map": {"AutoModel": "x.X"}, "bos_token_id": 1,
+        "dtype": "float16", "pad_token_id": None, "torch_dtype": "float16",
+        "transformers_version": "0", "unheard_of": {"a": [1, 2]}, "use_cache": None,
+    },
+}  # fmt: skip
+# Values that say the same as a key's absence.
+HARMLESS = [
+    {},
+    {"multi_query_attention": False, "rope_theta": 500000, "quantization_config": {}},
+    {"rope_scaling": {"rope_type": "default"}, "num_experts": 0, "layer_types": None},
+    {"rope_scaling": {"type": "default", "factor": 1.0, "rope_theta": 500000.0}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 1.0}},
+    {"sliding_window": 4096, "use_sliding_window": False, "layer_types": ["full_attention"] * 32},
+]
+CLASSES = {"LLaDA": TINY, "HF": DREAM}
+
+
+def of_class(table):
+    """[(name of a class, key, value)] of one of the tables above."""
+    return [
+        pytest.param(name, key, value, id=f"{name}-{key}")
+        for name in CLASSES
+        for key, value in (table[name] | table.get("both", {})).items()
+    ]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_each_key_is_obeyed_or_refused_or_without_influence(name):
+    tables = [table[name] | table.get("both", {}) for table in (OBEYED, REFUSED, FREE)]
+    released = {"LLaDA": LLADA, "HF": DREAM | ILLADA | CODER}[name]
+    assert released.keys() <= set().union(*tables)
+
+
+@pytest.mark.parametrize("name, key, value", of_class(OBEYED))
+def test_a_key_that_is_obeyed_changes_the_config(tmp_path, name, key, value):
+    write_json(tmp_path / "a.json", CLASSES[name])
+    write_json(tmp_path / "b.json", CLASSES[name] | {key: value})
+    before, after = Config.from_json(tmp_path / "a.json"), Config.from_json(tmp_path / "b.json")
+    assert before != after
+
+
+@pytest.mark.parametrize("name, key, value", of_class(REFUSED))
+def test_a_key_that_asks_for_another_computation_is_refused(tmp_path, name, key, value):
+    config = {k: v for k, v in CLASSES[name].items() if k != "use_sliding_window"}
+    message = refusal(write_checkpoint(tmp_path, config | {key: value}))
+    assert message.startswith(f"{tmp_path / 'config.json'}: {key} is {value!r}, but only")
+
+
+@pytest.mark.parametrize("name, key, value", of_class(FREE))
+def test_a_key_without_influence_changes_no_config(tmp_path, name, key, value):
+    write_json(tmp_path / "a.json", CLASSES[name])
+    write_json(tmp_path / "b.json", CLASSES[name] | {key: value})
+    assert Config.from_json(tmp_path / "a.json") == Config.from_json(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("change", HARMLESS)
 def test_a_config_that_changes_no_logit_of_llada_8b_is_accepted(tmp_path, change):
     write_json(tmp_path / "config.json", LLADA | change)
     expected = Config(**{field: LLADA[field] for field in FIELDS})
     assert Config.from_json(tmp_path / "config.json") == expected
 
 
-@pytest.mark.parametrize("key, value", OTHER.items())
-def test_what_is_not_implemented_is_refused_by_key_and_value(tmp_path, key, value):
-    message = refusal(write_checkpoint(tmp_path, TINY | {key: value}))
-    assert message.startswith(f"{tmp_path / 'config.json'}: {key} is {value!r}, but only")
+@pytest.mark.parametrize(
+    "model_type", ["qwen2", "llama", "dream", "Fast_dLLM_Qwen", "", None, 5, ["Dream"], "absent"]
+)
+def test_only_layouts_known_to_be_implemented_load(tmp_path, model_type):
+    """Any other once decoded with logits that are not shifted."""
+    config = DREAM | {"model_type": model_type}
+    if model_type == "absent":
+        config, model_type = {k: v for k, v in DREAM.items() if k != "model_type"}, None
+    message = refusal(write_checkpoint(tmp_path, config))
+    said = f"model_type is {model_type!r}, but only ['llada', 'illada', 'a2d-qwen2', 'Dream'] are"
+    assert message == f"{tmp_path / 'config.json'}: {said} implemented"
+
+
+def test_an_unknown_layout_is_refused_however_it_is_made():
+    with pytest.raises(ValueError, match="model_type is 'dream', but only"):
+        Config(**{field: TINY[field] for field in FIELDS} | {"model_type": "dream"})
+
+
+def test_a_base_of_the_rotary_embedding_that_stands_twice_stands_there_once(tmp_path):
+    twice = CODER | {"rope_theta": 5e5}
+    message = refusal(write_checkpoint(tmp_path, twice))
+    said = "rope_theta is [500000.0, 1000000.0], should be one number"
+    assert message == f"{tmp_path / 'config.json'}: {said}"
+
+
+def test_a_message_is_not_longer_than_what_it_says(tmp_path):
+    config = DREAM | {"layer_types": ["sliding_attention"] * 10**5}
+    assert len(refusal(write_checkpoint(tmp_path, config))) < 300 + len(str(tmp_path))
+
+
+def test_settings_of_a_model_are_frozen():
+    config = Config(**{field: TINY[field] for field in FIELDS})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.mask_token_id = 3
 
 
 @pytest.mark.parametrize(
-    "config, lost", [(TINY, ["rope_theta"]), (TINY, FIELDS), (DREAM, ["eos_token_id"])]
+    "config, lost, missing",
+    [
+        (TINY, ["rope_theta"], ["rope_theta"]),
+        (TINY, [field for field in FIELDS if field != "d_model"], NEEDED[1:]),
+        (DREAM, ["eos_token_id"], ["eos_token_id"]),
+        (DREAM, ["num_hidden_layers", "vocab_size"], ["num_hidden_layers", "vocab_size"]),
+    ],
 )
-def test_all_missing_keys_are_named_at_once(tmp_path, config, lost):
+def test_all_missing_keys_are_named_at_once(tmp_path, config, lost, missing):
     config = {key: value for key, value in config.items() if key not in lost}
     message = refusal(write_checkpoint(tmp_path, config))
-    missing = [key for key in lost if key in NEEDED]
     assert message == f"{tmp_path / 'config.json'}: missing keys {missing}"
 
 
@@ -315,32 +294,55 @@ def test_a_config_silent_about_biases_and_tying_has_neither(tmp_path):
 @pytest.mark.parametrize(
     "key, value, complaint",
     [
-        ("n_heads", "4", "n_heads is '4'"),
-        ("n_layers", True, "n_layers is True"),
-        ("mlp_hidden_size", 6.0, "mlp_hidden_size is 6.0"),
-        ("d_model", -8, "d_model is -8"),
-        ("rope_theta", float("nan"), "rope_theta is nan"),
-        ("model_type", 5, "model_type is 5"),
-        ("include_qkv_bias", 0, "include_qkv_bias is 0"),
-        ("n_kv_heads", 0, "modulo by zero"),
+        ("n_heads", "4", "n_heads is '4', should be int"),
+        ("n_layers", True, "n_layers is True, should be int"),
+        ("mlp_hidden_size", 6.0, "mlp_hidden_size is 6.0, should be int"),
+        ("vocab_size", "11", "vocab_size is '11', should be int"),
+        ("d_model", -8, "d_model is -8, should be from 1 to 2**63"),
+        ("n_layers", 0, "n_layers is 0, should be from 1 to 2**63"),
+        ("n_kv_heads", 0, "n_kv_heads is 0, should be from 1 to 2**63"),
+        ("max_sequence_length", 2**63, f"max_sequence_length is {2**63}, should be from 1 to"),
+        ("rope_theta", float("nan"), "rope_theta is [nan], should be one number"),
+        ("rms_norm_eps", float("nan"), "rms_norm_eps is nan, should be from 0 to"),
+        ("rope_theta", float("inf"), "rope_theta is inf, should be from 0 to"),
+        ("rope_theta", -1.0, "rope_theta is -1.0, should be from 0 to"),
+        ("include_qkv_bias", 0, "include_qkv_bias is 0, should be bool"),
         ("rms_norm_eps", None, "missing keys ['rms_norm_eps']"),
         ("d_model", 12, "d_model is 12, should be an even multiple of n_heads 4"),
         ("n_kv_heads", 3, "n_heads is 4, should be a multiple of n_kv_heads 3"),
         ("n_kv_heads", 8, "n_heads is 4, should be a multiple of n_kv_heads 8"),
+        ("vocab_size", 13, "vocab_size is 13, should be at most embedding_size 12"),
         ("mask_token_id", 12, "mask_token_id is 12, should be from 0 to 11"),
         ("eos_token_id", 12, "eos_token_id is 12, should be from 0 to 11"),
-        ("eos_token_id", -1, "eos_token_id is -1"),
+        ("eos_token_id", -1, "eos_token_id is -1, should be ids"),
+        ("eos_token_id", [0, "1"], "eos_token_id is [0, '1'], should be ids"),
+        ("eos_token_id", True, "eos_token_id is True, should be ids"),
     ],
 )
 def test_a_number_that_makes_no_transformer_is_refused(tmp_path, key, value, complaint):
     message = refusal(write_checkpoint(tmp_path, TINY | {key: value}))
-    assert message.startswith(f"{tmp_path / 'config.json'}: ") and complaint in message
+    assert message.startswith(f"{tmp_path / 'config.json'}: {complaint}")
+
+
+def test_a_message_has_the_keys_of_the_file(tmp_path):
+    message = refusal(write_checkpoint(tmp_path, DREAM | {"hidden_size": 12}))
+    said = "hidden_size is 12, should be an even multiple of num_attention_heads 4"
+    assert message == f"{tmp_path / 'config.json'}: {said}"
+
+
+@pytest.mark.parametrize("beside", ["nothing", "a tokenizer"])
+@pytest.mark.parametrize("config", [TINY, DREAM], ids=["LLaDA", "HF"])
+def test_a_size_of_the_vocabulary_that_is_no_integer_is_refused(tmp_path, config, beside):
+    if beside == "a tokenizer":
+        write_words(tmp_path, "abc")
+    message = refusal(write_checkpoint(tmp_path, config | {"vocab_size": "11"}))
+    assert message == f"{tmp_path / 'config.json'}: vocab_size is '11', should be int"
 
 
 # Tensors and arguments
 
 
-def test_every_tensor_that_does_not_fit_is_listed(tmp_path):
+def test_every_kind_of_tensor_that_does_not_fit_is_told(tmp_path):
     tensors = make_tensors()
     del tensors[PREFIX + "ln_f.weight"], tensors[PREFIX + "blocks.1.up_proj.weight"]
     tensors["wte.weight"] = torch.zeros(12, 8)  # once taken for the one with the prefix
@@ -348,31 +350,73 @@ def test_every_tensor_that_does_not_fit_is_listed(tmp_path):
     tensors[PREFIX + "wte.weight"] = torch.zeros(13, 8)
     tensors[PREFIX + "blocks.0.attn_norm.weight"] = torch.zeros(8, 1)
     message = refusal(write_checkpoint(tmp_path, tensors=tensors))
-    assert message.startswith(f"{tmp_path}: the tensors do not fit config.json: ")
-    missing, unexpected, shape, other_shape = message.splitlines()[1:]
-    assert f'"{PREFIX}ln_f.weight"' in missing and f'"{PREFIX}blocks.1.up_proj.weight"' in missing
-    assert '"wte.weight"' in unexpected and f'"{PREFIX}blocks.2.q_proj.weight"' in unexpected
-    assert f"{PREFIX}wte.weight: " in shape and "[13, 8]" in shape and "[12, 8]" in shape
-    assert f"{PREFIX}blocks.0.attn_norm.weight: " in other_shape
+    assert message.splitlines() == [
+        f"{tmp_path}: the tensors do not fit config.json",
+        f"2 missing: {PREFIX}blocks.1.up_proj.weight, {PREFIX}ln_f.weight",
+        f"2 unexpected: {PREFIX}blocks.2.q_proj.weight, wte.weight",
+        f"2 of another shape: {PREFIX}blocks.0.attn_norm.weight [8, 1] should be [8], "
+        f"{PREFIX}wte.weight [13, 8] should be [12, 8]",
+    ]
 
 
-@pytest.mark.parametrize("stored", [torch.int64, torch.float8_e4m3fn])
+def test_of_many_tensors_that_do_not_fit_the_first_are_named(tmp_path):
+    """A mixture of experts once ended in one line of 193,599 characters."""
+    experts = {
+        f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight": torch.zeros(6, 8)
+        for layer in range(3)
+        for expert in range(300)
+    }
+    message = refusal(write_layout(tmp_path, "Dream", change=experts)[0])
+    assert "\n900 unexpected: model.layers." in message and message.endswith(" and 897 more")
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize("size", [2**40, 2**62])
+@pytest.mark.parametrize("key", ["n_layers", "d_model", "mlp_hidden_size", "embedding_size"])
+def test_a_size_beyond_the_files_is_refused_before_a_model_is_built(tmp_path, key, size):
+    """As many layers once were built until the memory was full."""
+    message = refusal(write_checkpoint(tmp_path, TINY | {key: size}))
+    said = f"{key} is {size}, but the files hold only 904 numbers"
+    assert message == f"{tmp_path / 'config.json'}: {said}"
+
+
+def test_no_weight_is_read_for_a_refusal(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_file, "read_tensors", None)
+    folder, _, _ = write_layout(tmp_path, "Dream", change={"model.norm.weight": torch.zeros(9)})
+    assert "model.norm.weight [9] should be [8]" in refusal(folder)
+    (folder / "config.json").write_text(json.dumps(DREAM | {"num_hidden_layers": 2**40}))
+    assert "num_hidden_layers is 1099511627776, but the files hold" in refusal(folder)
+
+
+@pytest.mark.parametrize("stored, word", [(torch.int64, "I64"), (torch.float8_e4m3fn, "F8_E4M3")])
 @pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_a_tensor_that_is_no_float_of_16_bits_or_more_is_refused(tmp_path, stored, dtype):
+def test_a_tensor_that_is_no_float_of_16_bits_or_more_is_refused(tmp_path, stored, word, dtype):
     tensors, name = make_tensors(), PREFIX + "blocks.1.ff_proj.weight"
     tensors[name] = tensors[name].to(stored)
     message = refusal(write_checkpoint(tmp_path, tensors=tensors), dtype=dtype)
-    assert message.startswith(f"{tmp_path / 'model.safetensors'}: dtype {stored} of {name} is")
+    said = f"{name!r} is {word}, should be one of ['F64', 'F32', 'BF16', 'F16']"
+    assert message == f"{tmp_path / 'model.safetensors'}: {said}"
 
 
 def test_mixed_dtypes_are_refused_unless_one_is_asked_for(tmp_path):
     tensors, name = make_tensors(dtype=torch.bfloat16), PREFIX + "wte.weight"
     tensors[name] = tensors[name].float()
     message = refusal(write_checkpoint(tmp_path, tensors=tensors, n_shards=2))
-    assert message.startswith(f"{tmp_path}: mixes {{torch.")
-    assert "torch.float32" in message and "torch.bfloat16" in message
+    assert message.startswith(f"{tmp_path}: mixes [torch.bfloat16, torch.float32], choose the")
+    assert "--dtype" in message
     loaded = Transformer.from_pretrained(tmp_path, dtype=torch.float64)
     assert holds(loaded, {name: tensor.double() for name, tensor in tensors.items()})
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    write_json(write_checkpoint(tmp_path) / "adapter_config.json", {"peft_type": "LORA"})
+    assert refusal(tmp_path).startswith(f"{tmp_path / 'adapter_config.json'}: adapters are not")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu"), torch.device("cpu", 0)])
+def test_every_spelling_of_a_device_is_understood(tmp_path, device):
+    """cpu:0 once made a file corrupt."""
+    assert holds(Transformer.from_pretrained(write_checkpoint(tmp_path), device), make_tensors())
 
 
 @pytest.mark.parametrize(
@@ -382,9 +426,11 @@ def test_mixed_dtypes_are_refused_unless_one_is_asked_for(tmp_path):
         ({"dtype": "float32"}, "dtype is float32"),
         ({"device": "foo"}, "device is 'foo'"),
         ({"device": "cuda:99"}, "device is 'cuda:99'"),
+        ({"device": "meta"}, "device is 'meta'"),
+        ({"revision": "main"}, "revision is 'main'"),
     ],
 )
-def test_a_dtype_or_device_out_of_the_question_is_named(tmp_path, arguments, complaint):
+def test_an_argument_out_of_the_question_is_named(tmp_path, arguments, complaint):
     assert refusal(write_checkpoint(tmp_path), **arguments).startswith(complaint)
 
 
@@ -405,39 +451,37 @@ def test_the_other_layout_is_the_same_model_as_in_lladas_own(tmp_path, layout, n
     assert torch.equal(loaded(tokens), own(tokens))
 
 
-@pytest.mark.parametrize("kind", ["llada", *LAYOUTS])
-def test_only_the_logits_of_dream_are_shifted(tmp_path, kind):
-    write_json(tmp_path / "config.json", DREAM | {"model_type": kind})
-    assert Config.from_json(tmp_path / "config.json").shifted == (kind == "Dream")
+@pytest.mark.parametrize("kind, shifted", [("llada", False), ("illada", False), ("Dream", True)])
+def test_only_the_logits_of_dream_are_shifted(kind, shifted):
+    config = Config(**{field: TINY[field] for field in FIELDS} | {"model_type": kind})
+    assert config.shifted == shifted
 
 
 @pytest.mark.parametrize("layout", ["illada", "a2d-qwen2"])
-def test_a_head_beside_an_embedding_tied_to_it_is_ignored(tmp_path, layout):
-    change = {"lm_head.weight": torch.zeros(12, 8)}
-    folder, _, tensors = write_layout(tmp_path, layout, change=change)
+def test_a_head_equal_to_the_embedding_it_is_tied_to_may_stand_in_the_file(tmp_path, layout):
+    _, _, tensors = write_layout(tmp_path, layout)
+    head = {"lm_head.weight": tensors[PREFIX + "wte.weight"]}
+    folder, _, _ = write_layout(tmp_path, layout, change=head)
     assert holds(Transformer.from_pretrained(folder), tensors)
 
 
-def test_every_tensor_that_does_not_fit_is_listed_under_its_name_in_lladas_layout(tmp_path):
-    change = {"lm_head.weight": None, "model.layers.1.mlp.up_proj.weight": None}
+@pytest.mark.parametrize("layout", ["illada", "a2d-qwen2"])
+def test_a_head_unlike_the_embedding_it_is_tied_to_is_refused(tmp_path, layout):
+    """One of the two is meant, and nobody knows which."""
+    change = {"lm_head.weight": torch.zeros(12, 8)}
+    message = refusal(write_layout(tmp_path, layout, change=change)[0])
+    assert message.startswith(f"{tmp_path}: ") and message.endswith("unlike it, lm_head.weight")
+
+
+def test_tensors_that_do_not_fit_are_named_as_in_the_file_and_missing_ones_as_in_llada(tmp_path):
+    change = {"lm_head.weight": None, "model.norm.weight": torch.zeros(9)}
     change["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(8)
-    change["model.layers.3.mlp.up_proj.weight"] = torch.zeros(6, 8)
-    change["some.other.weight"] = torch.zeros(8)
-    change["model.norm.weight"] = torch.zeros(9)
-    change["model.layers.1.self_attn.k_proj.bias"] = torch.zeros(8)
     message = refusal(write_layout(tmp_path, "Dream", change=change)[0])
-    missing, unexpected, *shapes = message.splitlines()[1:]
-    names = {name: re.findall(r'"([^"]+)"', name) for name in (missing, unexpected)}
-    assert set(names[missing]) == {PREFIX + "ff_out.weight", PREFIX + "blocks.1.up_proj.weight"}
-    assert set(names[unexpected]) == {
-        PREFIX + "blocks.0.attn_out.bias",
-        PREFIX + "blocks.3.up_proj.weight",
-        "some.other.weight",
-    }
-    assert {re.search("size mismatch for ([^:]+)", line)[1] for line in shapes} == {
-        PREFIX + "ln_f.weight",
-        PREFIX + "blocks.1.k_proj.bias",
-    }
+    assert message.splitlines()[1:] == [
+        f"1 missing: {PREFIX}ff_out.weight",
+        "1 unexpected: model.layers.0.self_attn.o_proj.bias",
+        "1 of another shape: model.norm.weight [9] should be [8]",
+    ]
 
 
 def test_a_tensor_under_both_of_its_names_is_refused(tmp_path):
@@ -450,32 +494,43 @@ def test_a_tensor_under_both_of_its_names_is_refused(tmp_path):
 def test_biases_are_in_all_layers_or_in_none(tmp_path, layer):
     lost = [f"model.layers.{layer}.self_attn.{name}_proj.bias" for name in "qkv"]
     message = refusal(write_layout(tmp_path, "Dream", change=dict.fromkeys(lost))[0])
-    missing = re.findall(r'"([^"]+)"', message)
-    assert missing == [f"{PREFIX}blocks.{layer}.{name}_proj.bias" for name in "qkv"]
+    missing = [f"{PREFIX}blocks.{layer}.{name}_proj.bias" for name in "qkv"]
+    assert message.splitlines()[1:] == [f"3 missing: {', '.join(missing)}"]
+
+
+def test_a_llama_without_biases_has_none_in_its_files(tmp_path):
+    change = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(8)}
+    message = refusal(write_layout(tmp_path, "illada", change=change)[0])
+    assert message.splitlines()[1:] == ["1 unexpected: model.layers.0.self_attn.q_proj.bias"]
 
 
 def test_biases_that_the_config_promises_are_missed(tmp_path):
     message = refusal(write_checkpoint(tmp_path, TINY | {"include_qkv_bias": True}, make_tensors()))
-    assert f'"{PREFIX}blocks.0.q_proj.bias"' in message
+    assert f"6 missing: {PREFIX}blocks.0.q_proj.bias, " in message
 
 
 YARN = {"rope_theta": 1000000.0, "rope_type": "yarn", "factor": 4.0}
 
 
 @pytest.mark.parametrize(
-    "values, change, complaint",
+    "values, change",
     [
-        (DREAM, {"hidden_act": "gelu"}, "hidden_act is 'gelu', but"),
-        (DREAM, {"rope_scaling": YARN}, f"rope_scaling is {YARN}, but"),
-        (CODER, {"rope_parameters": YARN}, "rope_type is 'yarn', but"),
-        (CODER, {"use_sliding_window": True}, "sliding_window is 32768, but"),
-        (DREAM, {"use_mrope": True}, "use_mrope is True, but"),
-        (ILLADA, {"mlp_bias": True}, "mlp_bias is True, but"),
+        (DREAM, {"rope_scaling": YARN}),
+        (DREAM, {"rope_scaling": "yarn"}),
+        (DREAM, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
+        (CODER, {"rope_parameters": YARN}),
+        (CODER, {"rope_parameters": {"rope_theta": 1e6, "type": "yarn"}}),
+        (CODER, {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}),
+        (CODER, {"sliding_window": 32768, "use_sliding_window": True}),
+        (CODER, {"layer_types": "full_attention"}),
+        (CODER, {"attention_bias": False}),
+        (ILLADA, {"attention_bias": True}),
     ],
 )
-def test_what_is_not_implemented_of_that_layout_is_refused(tmp_path, values, change, complaint):
+def test_what_is_not_implemented_is_refused_under_all_of_its_names(tmp_path, values, change):
     message = refusal(write_checkpoint(tmp_path, values | change))
-    assert message.startswith(f"{tmp_path / 'config.json'}: {complaint}")
+    key, value = list(change.items())[0]
+    assert message.startswith(f"{tmp_path / 'config.json'}: {key} is {value!r}, but only")
 
 
 # What the tokenizer's files say of the ids
@@ -518,6 +573,81 @@ def test_a_mask_that_is_no_token_is_a_mask_that_is_missing(tmp_path, about):
     assert message.startswith(f"{tmp_path / 'config.json'}: ") and "mask_token_id" in message
 
 
+@pytest.mark.parametrize("layout", ["llada", *LAYOUTS])
+def test_a_mask_of_which_all_files_are_silent_is_the_layouts_own(tmp_path, layout):
+    """iLLaDA's say nowhere that <[MASK]> is it."""
+    config = TINY if layout == "llada" else LAYOUTS[layout][0]
+    config = {key: value for key, value in config.items() if key != "mask_token_id"}
+    write_json(tmp_path / "config.json", config)
+    masks = ["<|mdm_mask|>", "<[MASK]>", "<|mask|>"]
+    write_words(tmp_path, ["a", "b", "c", *masks, "g", "h", "i", "j"])
+    own = {"llada": 3, "illada": 4, "Dream": 5, "a2d-qwen2": 5}
+    assert Config.from_json(tmp_path / "config.json").mask_token_id == own[layout]
+
+
+@pytest.mark.parametrize(
+    "own, generation, eos, others",
+    [
+        (0, None, 0, ()),
+        ([3, 0, 5], None, 3, (0, 5)),
+        (0, 0, 0, ()),
+        (0, 4, 0, (4,)),
+        (0, [4, 0, 7], 0, (4, 7)),
+        ([0, 4], [7, 4], 0, (4, 7)),
+        (None, [7, 4], 7, (4,)),
+        (0, 10**6, 0, ()),
+    ],
+)
+def test_every_end_of_sequence_that_the_files_name_ends_an_answer(
+    tmp_path, own, generation, eos, others
+):
+    write_json(tmp_path / "config.json", TINY | {"eos_token_id": own})
+    if generation is not None:
+        write_json(tmp_path / "generation_config.json", {"eos_token_id": generation})
+    config = Config.from_json(tmp_path / "config.json")
+    assert (config.eos_token_id, config.other_end_ids) == (eos, others)
+    assert config.end_ids == (eos, *others)
+
+
+def test_an_end_that_is_no_id_is_refused_by_the_name_of_its_file(tmp_path):
+    write_json(write_checkpoint(tmp_path) / "generation_config.json", {"eos_token_id": [0, "x"]})
+    message = refusal(tmp_path)
+    said = "eos_token_id is [0, 'x'], should be ids"
+    assert message == f"{tmp_path / 'generation_config.json'}: {said}"
+
+
+@pytest.mark.parametrize("token", ["<|eot_id|>", "<|im_end|>"])
+def test_the_tokenizers_end_of_turn_ends_an_answer(tmp_path, token):
+    write_json(tmp_path / "config.json", TINY)
+    write_words(tmp_path, ["a", "b", token, "d"])
+    assert Config.from_json(tmp_path / "config.json").end_ids == (0, 2)
+
+
+def test_an_end_of_turn_that_no_logit_stands_for_is_none(tmp_path):
+    write_json(write_qwen2(tmp_path) / "config.json", TINY)
+    assert Config.from_json(tmp_path / "config.json").end_ids == (0,)
+
+
+def test_reading_a_config_builds_no_tokenizer(tmp_path, monkeypatch):
+    write_json(write_llada_tokenizer(tmp_path) / "config.json", TINY)
+    monkeypatch.setattr(model_file, "Tokenizer", None)
+    assert Config.from_json(tmp_path / "config.json").vocab_size == 11
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "Unigram", "Qwen2"])
+def test_the_files_are_counted_like_the_tokenizer(tmp_path, kind):
+    if kind == "Qwen2":
+        write_qwen2(tmp_path)
+    else:
+        pairs = [("a", 0.0), ("b", -1.0), ("ab", -2.0)]
+        words = models.WordLevel({"a": 0, "b": 5}, "a")
+        tokenizer = Tokenizer(words if kind == "WordLevel" else models.Unigram(pairs, 0))
+        tokenizer.add_special_tokens(["<x>"])
+        tokenizer.add_tokens(["<y>", "a"])
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert model_file.token_ids(tmp_path) == load_tokenizer(tmp_path).get_vocab()
+
+
 # Files
 
 
@@ -554,7 +684,7 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path_factory, length):
     assert refusal(file.parent).startswith(f"{file}: missing, truncated or corrupt")
 
 
-@pytest.mark.parametrize("index", [{}, {"weight_map": ["wte"]}])
+@pytest.mark.parametrize("index", [{}, {"weight_map": ["wte"]}, {"weight_map": {}}])
 def test_an_index_without_a_map_is_refused(tmp_path, index):
     write_json(write_checkpoint(tmp_path, n_shards=2) / INDEX, index)
     assert refusal(tmp_path) == f"{tmp_path / INDEX}: has no weight_map"
@@ -565,8 +695,25 @@ def test_a_tensor_that_is_in_no_shard_is_named(tmp_path):
     shard = "model-00002-of-00002.safetensors"
     write_json(index, {"weight_map": dict.fromkeys(make_tensors(), shard)})
     with safe_open(tmp_path / shard, framework="pt") as stored:
-        lost = set(make_tensors()) - set(stored.keys())
-    assert lost and all(f'"{name}"' in refusal(tmp_path) for name in lost)
+        names = Transformer(Config.from_json(tmp_path / "config.json")).state_dict()
+        lost = [PREFIX + name for name in names if PREFIX + name not in stored.keys()]
+    assert len(lost) > 3
+    assert refusal(tmp_path).splitlines()[1:] == [
+        f"{len(lost)} missing: {', '.join(lost[:3])} and {len(lost) - 3} more"
+    ]
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 123456789\n"
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", INDEX, "model-00001-of-00002.safetensors", "tokenizer.json"]
+)
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path, file):
+    (write_checkpoint(tmp_path, n_shards=2) / file).write_bytes(LFS)
+    load = load_tokenizer if file == "tokenizer.json" else Transformer.from_pretrained
+    said = "a pointer of git-LFS, `git lfs pull` gets the file itself"
+    assert refusal(tmp_path, load) == f"{tmp_path / file}: {said}"
 
 
 @pytest.mark.parametrize("shard", ["../x", "/x", "a/b", "", ".", "..", None, ["x"]])
@@ -580,14 +727,26 @@ def test_no_file_outside_the_folder_is_opened(tmp_path, monkeypatch, shard):
 # The hub
 
 
-def test_only_json_safetensors_and_merges_are_downloaded(tmp_path, monkeypatch):
+def test_only_what_is_read_is_downloaded(tmp_path, monkeypatch):
     download = Mock(return_value=str(write_checkpoint(tmp_path)))
     monkeypatch.setattr(model_file, "snapshot_download", download)
     assert holds(Transformer.from_pretrained("GSAI-ML/LLaDA-8B-Instruct"), make_tensors())
     data = ["config.json", "model-00001-of-00006.safetensors", INDEX, "vocab.json", "merges.txt"]
+    data += ["chat_template.jinja"]
     other = ["modeling_llada.py", "pytorch_model.bin", "README.md", "a.pkl", "json.exe", "a.txt"]
     assert download.call_args.args == ("GSAI-ML/LLaDA-8B-Instruct",)
-    assert list(filter_repo_objects(data + other, **download.call_args.kwargs)) == data
+    settings = download.call_args.kwargs
+    assert settings.pop("revision") is None
+    assert list(filter_repo_objects(data + other, **settings)) == data
+
+
+@pytest.mark.parametrize("load", [Transformer.from_pretrained, load_tokenizer])
+def test_a_revision_is_the_one_downloaded(tmp_path, monkeypatch, load):
+    folder = write_llada_tokenizer(write_checkpoint(tmp_path))
+    download = Mock(return_value=str(folder))
+    monkeypatch.setattr(model_file, "snapshot_download", download)
+    load("some/model", revision="v2")
+    assert download.call_args.kwargs["revision"] == "v2"
 
 
 @pytest.mark.parametrize("load", [Transformer.from_pretrained, load_tokenizer])
@@ -600,132 +759,29 @@ def test_what_is_neither_folder_nor_repository_is_named(tmp_path, monkeypatch, l
     assert refusal(path, load).startswith(f"{path!r} is no local folder")
 
 
+GATED = """401 Client Error. (Request ID: Root=1-68)
+
+Cannot access gated repo for url https://huggingface.co/api/models/some/model/revision/main.
+Access to model some/model is restricted. You must have access to it and be authenticated."""
+MISSING = """404 Client Error. (Request ID: Root=1-68)
+
+Repository Not Found for url: https://huggingface.co/api/models/some/model/revision/main.
+Please make sure you specified the correct `repo_id` and `repo_type`."""
+
+
 @pytest.mark.parametrize("kind", [OSError, RuntimeError])
-def test_a_download_that_fails_names_repository_and_reason(monkeypatch, kind):
-    download = Mock(side_effect=kind("the reason\nand a page of advice"))
-    monkeypatch.setattr(model_file, "snapshot_download", download)
-    message = refusal("some/model")
-    assert message.startswith("'some/model' is") and message.endswith("the reason")
-
-
-# Tokenizer and prompt
-
-
-def test_a_tokenizer_is_the_one_of_the_file(tmp_path):
-    write_words(tmp_path, ["[UNK]", "moon", "rises"])
-    assert load_tokenizer(tmp_path).get_vocab() == {"[UNK]": 0, "moon": 1, "rises": 2}
-
-
-@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff\xfe"])
-def test_a_missing_or_corrupt_tokenizer_is_named(tmp_path, content):
-    file = tmp_path / "tokenizer.json"
-    if content is not None:
-        file.write_bytes(content)
-    assert refusal(tmp_path, load_tokenizer).startswith(f"{file}: no readable tokenizer (")
-
-
-def test_of_two_tokenizers_the_one_in_a_single_file_counts(tmp_path):
-    write_words(write_qwen2(tmp_path), ["moon"])
-    assert load_tokenizer(tmp_path).get_vocab() == {"moon": 0}
-
-
 @pytest.mark.parametrize(
-    "text, words",
+    "said, reason",
     [
-        ("the hello thehell", ["the", " hello", " thehell"]),
-        ("it'sa IT'LLx 'sa", ["it", "'s", "a", " IT", "'LL", "x", " '", "sa"]),
-        ("a 42 b42", ["a", " ", "4", "2", " b", "4", "2"]),
-        ("x\n\n  y \n z  ", ["x", "\n\n", " ", " y", " \n", " z", "  "]),
-        ("a.\n\nb (the) 's -the", ["a", ".\n\n", "b", " (", "the", ")", " '", "s", " -", "the"]),
-        ("(the\tthe", ["(the", "\tthe"]),
-        ("caf\xe9 cafe\u0301 \xb2", ["caf\xe9", " caf\xe9", " ", "\xb2"]),
+        ("the reason", "the reason"),
+        (GATED, "Access to model some/model is restricted."),
+        (MISSING, "Repository Not Found for url: "),
     ],
 )
-def test_a_text_is_cut_into_the_words_of_qwen2_and_each_is_merged(tmp_path, text, words):
-    encoding = load_tokenizer(write_qwen2(tmp_path)).encode(text, add_special_tokens=False)
-    numbers = zip(encoding.word_ids, encoding.ids)
-    expected = [(number, id) for number, word in enumerate(words) for id in slow_bpe(word)]
-    assert list(numbers) == expected
-
-
-def test_special_tokens_have_their_own_ids_and_leave_no_text(tmp_path):
-    tokenizer = load_tokenizer(write_qwen2(tmp_path))
-    ids = tokenizer.encode("<|im_start|>the<|im_end|>\n <|im_start|>").ids
-    start, end = ADDED["<|im_start|>"], ADDED["<|im_end|>"]
-    assert ids == [start, *slow_bpe("the"), end, *slow_bpe("\n"), *slow_bpe(" "), start]
-    assert tokenizer.decode(ids) == "the\n "
-
-
-PIECES = st.sampled_from(["the", " hello", "'s", "42", "\n", " ", "e\u0301", *ADDED])
-
-
-@given(st.lists(PIECES | st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=5)))
-def test_decoding_gives_the_composed_text_back(tmp_path_factory, pieces):
-    tokenizer = load_tokenizer(write_qwen2(tmp_path_factory.getbasetemp()))
-    text = unicodedata.normalize("NFC", "".join(pieces))
-    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
-
-
-@pytest.mark.parametrize("wrong", [len(VOCAB) + 2, 5])
-def test_an_added_token_whose_id_it_cannot_get_is_named(tmp_path, wrong):
-    added = {"<|im_start|>": len(VOCAB), "<|im_end|>": wrong}
-    write_qwen2(tmp_path, **{"added_tokens.json": json.dumps(added)})
-    message = refusal(tmp_path, load_tokenizer)
-    assert message.startswith(str(tmp_path)) and "<|im_end|>" in message
-
-
-@pytest.mark.parametrize("content", [None, "a b c", "[]"])
-@pytest.mark.parametrize("file", QWEN2)
-def test_a_missing_or_corrupt_file_of_qwen2s_three_is_refused(tmp_path, file, content):
-    message = refusal(write_qwen2(tmp_path, **{file: content}), load_tokenizer)
-    assert message.startswith(str(tmp_path)) and "no readable tokenizer (" in message
-
-
-def test_a_conversation_is_told_turn_by_turn_as_in_the_template_of_llada():
-    messages = [
-        {"role": "system", "content": "Be brief.\n"},
-        {"role": "user", "content": " \tTwo lines:\n\nhere. \n"},
-        {"role": "assistant", "content": "Yes."},
-        {"role": "user", "content": "Why?"},
-    ]
-    assert chat_prompt(messages) == (
-        "<|startoftext|>"
-        "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nTwo lines:\n\nhere.<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nYes.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
-
-
-def test_the_chat_prompt_is_the_canonical_one():
-    """The text whose ids LLaDA's authors publish: two newlines behind a header, none before one."""
-    question = (
-        "Lily can run 12 kilometers per hour for 4 hours. After that, she runs 6 kilometers per "
-        "hour. How many kilometers can she run in 8 hours?"
-    )
-    assert chat_prompt([{"role": "user", "content": f" {question}\n"}]) == (
-        f"<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
-
-
-def test_chatml_is_told_turn_by_turn_from_a_system_message_on():
-    messages = [{"role": "user", "content": " {a}\n"}, {"role": "assistant", "content": "Yes."}]
-    turns = "<|im_start|>user\n {a}\n<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
-    turns += "<|im_start|>assistant\n"
-    default = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    assert chatml_prompt(messages) == default + turns
-    told = chatml_prompt([{"role": "system", "content": " Be brief.\n"}, *messages])
-    assert told == "<|im_start|>system\n Be brief.\n<|im_end|>\n" + turns
-
-
-TEMPLATES = {"<|start_header_id|>": chat_prompt, "<|im_start|>": chatml_prompt}
-
-
-@pytest.mark.parametrize("token", [*TEMPLATES, "<|something_else|>"])
-def test_a_prompt_is_put_into_the_chat_template_whose_tokens_the_tokenizer_has(token):
-    told = TEMPLATES.get(token, chat_prompt)([{"role": "user", "content": "Why?"}])
-    vocabulary = {"<unk>": 6, "Why?": 7, told: 8, token: 9}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    assert encode_prompt(tokenizer, "Why?").tolist() == [[8 if token in TEMPLATES else 7]]
+def test_a_download_that_fails_names_repository_and_reason(monkeypatch, kind, said, reason):
+    """The first line is only a number of HTTP."""
+    download = Mock(side_effect=kind(said + 100 * "\nand a page of advice"))
+    monkeypatch.setattr(model_file, "snapshot_download", download)
+    message = refusal("some/model")
+    assert message.startswith("'some/model' is no local folder") and reason in message
+    assert len(message) < 600 and len(message.splitlines()) == 1
