@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 
 from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, attention_rollout, certainty_prior
-from d2cache import choose_positions, count_rows, decode, highest, load_policy, pack, predict
-from d2cache import recompute, settings
+from d2cache import choose_positions, count_rows, decode, generate, highest, load_policy
+from d2cache import pack, predict, recompute, settings
 from model import Config, KVCache, Transformer, decode_response, encode_prompt
 from model import load_tokenizer, require
 
@@ -39,8 +39,7 @@ THRESHOLDS = (0.9, 0.6)
 RUNS = 3  # time so many decodes,
 LONG_RUN = 5.0  # but no further one after so many seconds
 FEW = 4  # steps of vanilla that are timed where they are slow, as they are all alike
-CURVE_PROMPTS = (128, 384, 1024)
-CURVE_STEPS = {"vanilla": 3, "d2cache": 12}  # timed for the curve, of so many
+CURVE_STEPS = {"vanilla": 3, "d2cache": 12}  # of a decode that are timed for the curve
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -64,6 +63,27 @@ CPU_SHAPE = replace(  # an eighth as wide and a quarter as deep
     vocab_size=15808, embedding_size=15808, mask_token_id=15792, eos_token_id=15760,
 )  # fmt: skip
 LLADA_8B_BYTES = 22e9  # weights 16 GB, cache 2.1, the first step's maps 2.1, and what is fleeting
+
+
+@dataclass(frozen=True)
+class Race:
+    """What is timed without a checkpoint."""
+
+    config: Config
+    dtype: torch.dtype
+    prompts: tuple  # lengths, a table for each
+    curve: tuple  # lengths
+    gen_length: int
+    batch: int
+
+
+LLADA_8B_RACE = Race(
+    LLADA_8B_SHAPE, torch.bfloat16, prompts=(128, 896, 3840), curve=(), gen_length=256, batch=1
+)
+# On a CPU four sequences at once: one alone leaves small matrices, and waits for the memory.
+CPU_RACE = Race(
+    CPU_SHAPE, torch.float32, prompts=(384,), curve=(128, 384, 1024), gen_length=64, batch=4
+)
 
 # ---- Scores --------------------------------------------------------------------------------------
 
@@ -113,7 +133,7 @@ class Program:
 
 
 def read_problems(path, n):
-    """The first n problems of a JSON-lines file, (question, answer) pairs; an MBPP answer is a Program.
+    """The first n problems of a JSON-lines file: (question, answer), of MBPP (question, Program).
 
     Raises ValueError that names the line and what is wrong with it.
     """
@@ -219,14 +239,21 @@ def code_of(text):
 def is_right(text, answer):
     """Whether a response is right, and whether it is so strictly.  2 x bool"""
     if isinstance(answer, Program):
-        sys.path.append(str(EMBEDDED_MODEL.parent))
-        from run_code import passes  # here alone: it executes what a model wrote
-
-        right = passes(answer.setup + "\n" + code_of(text), answer.tests)
+        right = runs(answer.setup + "\n" + code_of(text), answer.tests)
         return right, right
     said = text.partition("Question:")[0]  # a base model may go on with a question of its own
     number = final_number(answer)
     return final_number(said) == number, strict_number(said) == number
+
+
+def runs(program, tests):
+    """Whether a program passes its tests. It executes what a model wrote: for --run-code alone."""
+    folder = str(EMBEDDED_MODEL.parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    from run_code import passes
+
+    return passes(program, tests)
 
 
 def standard_error(share, n):
@@ -262,7 +289,7 @@ class WithoutStage2(D2Cache):
 
 
 def both_orders(name, policy, gen_length, block_length):
-    """(name, arguments of `decode`) in the order of the prior, and in that of confidence in blocks."""
+    """(name, arguments of `decode`): in the order of the prior, and of confidence in blocks."""
     prior = {"sigma": settings(gen_length)["d2cache"]["sigma"]}
     blocks = {"block_length": block_length}
     return [
@@ -556,7 +583,8 @@ def measure_speed(model, prompt, gen_length, plan, rates):
     ours = None
     one_step = least_seconds(lambda: next(decode(model, prompt, gen_length)), repeats=1)
     slow = gen_length * one_step > LONG_RUN
-    for name, arguments in tqdm(launched(model, plan), desc="speed", unit="policy"):
+    rows = 2 * len(plan) if prompt.is_cuda else len(plan)
+    for name, arguments in tqdm(launched(model, plan), "speed", rows, unit="policy"):
         if slow and name.startswith("vanilla"):
             arguments = arguments | {"tokens_per_step": math.ceil(gen_length / FEW)}
         times, states = time_decodes(model, prompt, gen_length, arguments)
@@ -796,7 +824,7 @@ def parse_arguments():
 
 def check(args):
     """ValueError, in a line, for arguments that cannot be meant; before any work."""
-    for flag in ("problems", "prompt_length", "gen_length", "block_length", "batch"):
+    for flag in ("problems", "prompt_length", "block_length", "batch"):
         value = getattr(args, flag)
         name = flag.replace("_", "-")
         require(value is None or value >= 1, f"--{name} is {value}, should be at least 1")
@@ -812,9 +840,12 @@ def check(args):
     require(args.data or not args.shots, "--shots needs --data")
     require(args.data or not args.run_code, "--run-code needs --data")
     require(not args.run_code or os.name == "posix", "--run-code needs Linux or macOS")
-    for gen_length in response_lengths(args):
-        divides = args.block_length is None or gen_length % args.block_length == 0
-        said = f"--block-length is {args.block_length}, should divide the response's {gen_length}"
+    least = args.gen_length is None or args.gen_length >= 2
+    require(least, f"--gen-length is {args.gen_length}, should be at least 2")
+    lengths = [args.gen_length or 256] if args.model else [QUALITY_LENGTH, args.gen_length or 64]
+    for length in lengths:
+        divides = args.block_length is None or length % args.block_length == 0
+        said = f"--block-length is {args.block_length}, should divide the response's {length}"
         require(divides, said)
     if args.json:
         with open(args.json, "a", encoding="utf-8"):  # an OSError says why it cannot be written
@@ -839,20 +870,6 @@ def read_data(args):
     return [(question, with_examples(examples, question), answer) for question, answer in scored]
 
 
-def response_lengths(args):
-    """Tokens to decode in the quality table, and in the speed table."""
-    if args.model:
-        length = args.gen_length or 256
-        return length, length
-    fits = has_room_for_llada(args.device)
-    return QUALITY_LENGTH, args.gen_length or (256 if fits else 64)
-
-
-def has_room_for_llada(device):
-    """Whether this is a GPU on which LLaDA-8B's shape can be timed."""
-    return device.startswith("cuda") and torch.cuda.mem_get_info(device)[0] > LLADA_8B_BYTES
-
-
 def sampling(args):
     """Arguments of `decode` that draw tokens, if any are drawn; chance starts anew."""
     torch.manual_seed(args.seed)  # of the controls
@@ -866,8 +883,12 @@ def own_rows(args, policy, gen_length):
     """(name, arguments of `decode`) of the policy of --policy, if any, in both orders."""
     if policy is None:
         return []
-    block_length = args.block_length or settings(gen_length)["dual"]["block_length"]
-    return both_orders(args.policy.partition(".py:")[2], policy, gen_length, block_length)
+    name = args.policy.partition(".py:")[2]
+    return both_orders(name, policy, gen_length, block_length_of(args, gen_length))
+
+
+def block_length_of(args, gen_length):
+    return args.block_length or settings(gen_length)["dual"]["block_length"]
 
 
 def try_out(model, prompt, gen_length, rows):
@@ -878,38 +899,37 @@ def try_out(model, prompt, gen_length, rows):
             for state in decode(model, prompt, gen_length, **arguments):
                 step = state.step
         except ValueError:
-            raise
+            raise  # names policy and step
         except Exception as error:
             said = f"policy {name} fails in step {step + 1}: {type(error).__name__}: {error}"
             raise ValueError(said) from error
 
 
-def report_quality(args, name, model, tokenizer, data, policy):
+def report_quality(args, title, model, tokenizer, data, gen_length, policy):
     """Print a sample and the quality table; the same as a dict."""
-    gen_length, _ = response_lengths(args)
-    own = own_rows(args, policy, gen_length)
-    try_out(model, encode_prompt(tokenizer, data[0][1]), gen_length, own)
-    plan = quality_rows(gen_length, args.block_length) + own
-    batch = args.batch or (1 if args.model else 32)
+    plan = quality_rows(gen_length, args.block_length) + own_rows(args, policy, gen_length)
     problems = [(prompt, answer) for _, prompt, answer in data]
+    batch = args.batch or (1 if args.model else 32)
     draw = partial(sampling, args)
     rows, samples = measure_quality(model, tokenizer, problems, gen_length, plan, draw, batch)
 
     question, _, answer = data[0]
+    if isinstance(answer, Program):
+        answer = answer.code
+    block_length = block_length_of(args, gen_length)
     print(f"A problem   {question}\nd2Cache     {samples['d2Cache, by prior']}")
-    print(f"The answer  {answer.code if isinstance(answer, Program) else answer}\n")
-    block_length = args.block_length or settings(gen_length)["dual"]["block_length"]
-    print(f"QUALITY  {name}: {describe(model)}")
+    print(f"The answer  {answer}\n")
+    print(f"QUALITY  {title}")
     print(
-        f"{len(data)} problems after {args.shots} examples, response {gen_length}, blocks of "
+        f"{len(data)} problems, {args.shots} examples, response {gen_length}, blocks of "
         f"{block_length}, 1 token per step or all from the threshold on, temperature "
         f"{args.temperature:g}, 1 run; same text: as exact decoding in the same order"
     )
     print_table(rows)
     return {
-        "model": f"{name}: {describe(model)}",
+        "model": title,
         "problems": len(data),
-        "shots": args.shots,
+        "examples": args.shots,
         "response": gen_length,
         "block length": block_length,
         "temperature": args.temperature,
@@ -918,24 +938,26 @@ def report_quality(args, name, model, tokenizer, data, policy):
     }
 
 
-def report_speed(args, name, model, prompt, rates, policy):
-    """Print the speed table of one prompt, and where a step of d2Cache goes; the same as a dict."""
+def report_speed(args, title, model, prompt, gen_length, rates, policy):
+    """Print the speed table of one prompt, and where a step of d2Cache goes; the same as a dict.
+
+    The parts of a step are timed as replays where there are any.
+    """
     B, P = prompt.shape
-    _, gen_length = response_lengths(args)
-    own = own_rows(args, policy, gen_length)
-    plan = speed_plan(gen_length, args.block_length) + own
+    plan = speed_plan(gen_length, args.block_length) + own_rows(args, policy, gen_length)
     timings, states = measure_speed(model, prompt, gen_length, plan, rates)
     rows = speed_rows(timings, B)
     parts = measure_parts(model, gen_length, states)
-    step = next(row["ms per step"] for row in rows if row["policy"] == "d2cache")
+    steps = {row["policy"]: row["ms per step"] for row in rows}
+    step = steps.get("d2cache, replayed", steps["d2cache"])
     parts["the rest"] = step - sum(parts.values())
 
     weight = model.wte.weight
-    T = P + gen_length
-    formula = cache_bytes(model.config, B, T, weight.element_size())
-    held = allocated_bytes(KVCache(model.config, B, T, weight.device, weight.dtype))
-    block_length = args.block_length or settings(gen_length)["dual"]["block_length"]
-    print(f"\nSPEED  {name}: {describe(model)}")
+    formula = cache_bytes(model.config, B, P + gen_length, weight.element_size())
+    cache = KVCache(model.config, B, P + gen_length, weight.device, weight.dtype)
+    held = allocated_bytes(cache)
+    block_length = block_length_of(args, gen_length)
+    print(f"\nSPEED  {title}")
     print(
         f"prompt {P}, response {gen_length}, batch {B}, caches in blocks of {block_length}, 1 token"
         " per step, median of the runs; of a slow vanilla a few steps"
@@ -944,7 +966,7 @@ def report_speed(args, name, model, prompt, rates, policy):
     print("a step of d2cache:", ", ".join(f"{part} {ms:.2f} ms" for part, ms in parts.items()))
     print(f"cache: 2 L B T G D numbers are {formula:,} bytes, allocated {held:,}")
     return {
-        "model": f"{name}: {describe(model)}",
+        "model": title,
         "prompt": P,
         "response": gen_length,
         "batch": B,
@@ -958,49 +980,72 @@ def report_speed(args, name, model, prompt, rates, policy):
 def report_curve(model, prompts, gen_length):
     """Print the curve over prompt lengths; its rows."""
     rows = measure_curve(model, prompts, gen_length)
-    print(f"\nCURVE  the same model, batch {len(prompts[0])}, response {gen_length}")
     counts = " and ".join(f"{n} of {name}" for name, n in CURVE_STEPS.items())
-    print(f"ms per step, estimated from the first steps, {counts}")
+    print(f"\nCURVE  the same model, response {gen_length}, batch {len(prompts[0])}")
+    print(f"ms per step of a decode, from its first steps: {counts}")
     print_table(rows)
     return rows
 
 
+def report_answer(model, tokenizer, text, gen_length):
+    """Print what d2Cache answers to a text."""
+    prompt = encode_prompt(tokenizer, text)
+    tokens = generate(model, prompt, gen_length, **settings(gen_length)["d2cache"])
+    answer = decode_response(tokenizer, tokens[0, prompt.shape[1] :], model.config.end_ids)
+    print(f"A prompt    {text}\nd2Cache     {answer}\n")
+
+
+def race_of(device):
+    """What to time without a checkpoint, and what to say of it."""
+    gpu = device.startswith("cuda")
+    race = CPU_RACE
+    if gpu and torch.cuda.mem_get_info(device)[0] > LLADA_8B_BYTES:
+        race = LLADA_8B_RACE
+    name = f"random weights, {race.config.n_layers} layers of {race.config.d_model}"
+    if gpu and race is CPU_RACE:
+        name += f" (LLaDA-8B's shape wants {LLADA_8B_BYTES / 1e9:.0f} GB of free GPU memory)"
+    return race, name
+
+
 def random_prompts(config, lengths, batch, device):
-    """A (batch, length) prompt of random ids for each of the lengths."""
+    """A prompt (batch, length) of random ids for each of the lengths."""
     random = torch.Generator().manual_seed(0)
     shapes = [(batch, length) for length in lengths]
     prompts = [torch.randint(config.eos_token_id, shape, generator=random) for shape in shapes]
     return [prompt.to(device) for prompt in prompts]
 
 
-def random_setup(args):
-    """(name, model, prompts, prompts of the curve) for the speed tables without a checkpoint.
-
-    On a CPU four sequences at once: one alone leaves small matrices, and waits for the memory.
-    """
-    config, dtype, lengths, curve, batch = CPU_SHAPE, torch.float32, [384], CURVE_PROMPTS, 4
-    if has_room_for_llada(args.device):
-        config, dtype, lengths, curve, batch = LLADA_8B_SHAPE, torch.bfloat16, [128, 896, 3840], (), 1
-    name = f"random weights, {config.n_layers} layers of {config.d_model}"
-    if config is CPU_SHAPE and args.device.startswith("cuda"):
-        name += f" (LLaDA-8B's shape wants {LLADA_8B_BYTES / 1e9:.0f} GB of free GPU memory)"
+def report_race(args, policy):
+    """The speed tables of random weights, and the curve; the same as a dict."""
+    race, name = race_of(args.device)
+    if args.gen_length:
+        race = replace(race, gen_length=args.gen_length)
+    if args.batch:
+        race = replace(race, batch=args.batch)
     if args.dtype:
-        dtype = DTYPES[args.dtype]
+        race = replace(race, dtype=DTYPES[args.dtype])
     if args.prompt_length:
-        lengths, curve = [args.prompt_length], ()
-    model = random_model(config, args.device, dtype)
-    prompts = random_prompts(config, lengths, args.batch or batch, args.device)
-    return name, model, prompts, random_prompts(config, curve, args.batch or batch, args.device)
+        race = replace(race, prompts=(args.prompt_length,), curve=())
+
+    model = random_model(race.config, args.device, race.dtype)
+    title = f"{name}: {describe(model)}"
+    rates = machine_rates(args.device, race.dtype)
+    speed = []
+    for prompt in random_prompts(race.config, race.prompts, race.batch, args.device):
+        speed.append(report_speed(args, title, model, prompt, race.gen_length, rates, policy))
+    result = {"speed": speed}
+    if race.curve:
+        prompts = random_prompts(race.config, race.curve, race.batch, args.device)
+        result["curve"] = report_curve(model, prompts, race.gen_length)
+    return result | report_rates(rates)
 
 
-def report_answer(args, model, tokenizer, prompt):
-    """Print what d2Cache answers to --prompt."""
-    _, gen_length = response_lengths(args)
-    for state in decode(model, prompt, gen_length, **settings(gen_length)["d2cache"]):
-        pass
-    response = state.tokens[0, prompt.shape[1] :]
-    answer = decode_response(tokenizer, response, model.config.end_ids)
-    print(f"A prompt    {args.prompt or EXAMPLE}\nd2Cache     {answer}\n")
+def report_rates(rates):
+    """Print what the floor is reckoned with; the same as a dict."""
+    bandwidth, flops = rates
+    copy = f"{bandwidth / 1e9:,.0f} GB/s (copy)"
+    print(f"floor: {copy}, {flops / 1e12:,.2f} TFLOP/s (matrix product)")
+    return {"copy bytes/s": bandwidth, "matrix FLOP/s": flops}
 
 
 def report(args):
@@ -1008,37 +1053,32 @@ def report(args):
     check(args)
     policy = load_policy(args.policy) if args.policy else None
     source = args.model or EMBEDDED_MODEL
-    name = args.model or "the embedded model"
     data = read_data(args) if args.data or not args.model else []
     tokenizer = load_tokenizer(source, args.revision)
+    text = args.prompt or EXAMPLE
+    prompt = encode_prompt(tokenizer, text)  # which may be refused, before the weights are read
     dtype = DTYPES[args.dtype] if args.dtype else None
     model = Transformer.from_pretrained(source, args.device, dtype, args.revision)
     if model.wte.weight.is_cuda:
         torch.cuda.set_device(model.wte.weight.device)  # the one to wait for and to measure
+    title = f"{args.model or 'the embedded model'}: {describe(model)}"
+    gen_length = QUALITY_LENGTH
+    if args.model:
+        gen_length = args.gen_length or 256
+    try_out(model, prompt, gen_length, own_rows(args, policy, gen_length))
 
     result = {}
     if data:
-        result["quality"] = report_quality(args, name, model, tokenizer, data, policy)
-    if args.model:
-        prompt = encode_prompt(tokenizer, args.prompt or EXAMPLE).to(args.device)
-        own = own_rows(args, policy, response_lengths(args)[1])
-        try_out(model, prompt, response_lengths(args)[1], own)
-        report_answer(args, model, tokenizer, prompt)
-        prompts, curve = [prompt.repeat(args.batch or 1, 1)], []
-    else:
-        name, model, prompts, curve = random_setup(args)
+        table = report_quality(args, title, model, tokenizer, data, gen_length, policy)
+        result["quality"] = table
+    if not args.model:
+        return result | report_race(args, policy)
 
+    report_answer(model, tokenizer, text, gen_length)
+    prompt = prompt.repeat(args.batch or 1, 1).to(args.device)
     rates = machine_rates(args.device, model.wte.weight.dtype)
-    speed = [report_speed(args, name, model, prompt, rates, policy) for prompt in prompts]
-    result["speed"] = speed
-    if curve:
-        result["curve"] = report_curve(model, curve, response_lengths(args)[1])
-    result["copy bytes/s"], result["matrix FLOP/s"] = rates
-    print(
-        f"\nfloor: {rates[0] / 1e9:,.0f} GB/s (copy), {rates[1] / 1e12:,.2f} TFLOP/s (matrix "
-        "product)"
-    )
-    return result
+    speed = report_speed(args, title, model, prompt, gen_length, rates, policy)
+    return result | {"speed": [speed]} | report_rates(rates)
 
 
 def main():
