@@ -224,7 +224,9 @@ def test_tokens_are_drawn_with_the_generator_at_the_temperature():
     assert sample(0, 1e-6) == greedy != sample(0, 3.0) == sample(0, 3.0) != sample(1, 3.0)
 
 
-@pytest.mark.parametrize("policy", [RecomputeAll(), DualCache(), SlidingWindow()])
+@pytest.mark.parametrize(
+    "policy", [RecomputeAll(), PrefixCache(), DualCache(), DelayedCache(), SlidingWindow()]
+)
 def test_the_rollout_is_left_out_where_no_policy_uses_it(policy, monkeypatch):
     monkeypatch.setattr("d2cache.attention_rollout", None)
     for state in decode(SPEC.build(), prompts([[1, 2, 3]]), 8, 4, policy=policy):
