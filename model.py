@@ -722,8 +722,9 @@ def qwen2_tokenizer(folder):
     merges = []
     for line in file.read_text(encoding="utf-8").split("\n"):
         if line.strip() and not line.startswith("#version"):
-            left, right = line.split()
-            merges.append((left, right))
+            pair = tuple(line.split())
+            require(len(pair) == 2, f"{file}: {shown(line)} should be two tokens to merge")
+            merges.append(pair)
 
     tokenizer = Tokenizer(models.BPE(read_json(folder / "vocab.json"), merges))
     tokenizer.normalizer = normalizers.NFC()

@@ -117,6 +117,12 @@ def test_blank_lines_and_a_head_are_no_merges(tmp_path, start, end):
     assert load_tokenizer(tmp_path).encode("the hello").ids == slow_bpe("the") + slow_bpe(" hello")
 
 
+def test_a_merge_of_other_than_two_tokens_is_named(tmp_path):
+    write_qwen2(tmp_path, **{"merges.txt": "h e\nl l l\n"})
+    message = refusal(tmp_path, load_tokenizer)
+    assert f"{tmp_path / 'merges.txt'}: 'l l l' should be two tokens to merge" in message
+
+
 def described(token, special=True, **flags):
     """An entry of added_tokens_decoder."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
