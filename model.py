@@ -99,7 +99,8 @@ class KVCache:
 
     def __init__(self, config, batch_size, seq_len, device, dtype):
         shape = (config.n_layers, batch_size, seq_len, config.n_kv_heads, config.head_dim)
-        self.k, self.v = torch.zeros(2, *shape, device=device, dtype=dtype)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
 
     def update(self, layer, positions, k, v):
         """Write k, v (B, Q, G, D) at positions (B, Q).  -> all of the layer, 2 x (B, T, G, D)"""
@@ -335,9 +336,10 @@ def require_a_transformer(config):
 
     V, rows = config.vocab_size, config.embedding_size
     require(V <= rows, f"vocab_size is {V}, should be at most embedding_size {rows}")
-    for name in ("mask_token_id", "eos_token_id"):
-        id = getattr(config, name)
-        require(id < rows, f"{name} is {id}, should be from 0 to {rows - 1}")
+    ids = {"mask_token_id": config.mask_token_id, "eos_token_id": config.eos_token_id}
+    for name, id in [*ids.items(), *(("other_end_ids", id) for id in config.other_end_ids)]:
+        fits = type(id) is int and 0 <= id < rows
+        require(fits, f"{name} is {shown(id)}, should be from 0 to {rows - 1}")
 
 
 def require_known(model_type, where=""):
@@ -447,8 +449,7 @@ def qkv_bias(path, values, model_type):
 
 def mask_token_id(folder, ids, model_type):
     """The id of [MASK], where config.json is silent; None if the tokenizer has none."""
-    about = folder / "tokenizer_config.json"
-    token = read_json(about).get("mask_token") if about.exists() else None
+    token = tokenizer_config(folder).get("mask_token")
     if isinstance(token, dict):
         token = token.get("content")
     if token is None:
@@ -458,15 +459,18 @@ def mask_token_id(folder, ids, model_type):
 
 def end_ids(path, values, ids):
     """All ids that end an answer: of config.json, generation_config.json, the tokenizer's turns."""
-    found = []
+    sources = {path: values}
     generation = path.parent / "generation_config.json"
-    for file in (path, generation):
-        if file.exists():
-            said = (values if file == path else read_json(file)).get("eos_token_id")
-            for id in said if isinstance(said, list) else [said]:
-                right = id is None or type(id) is int and id >= 0
-                require(right, f"{file}: eos_token_id is {shown(said)}, should be ids")
-                found.append(id)
+    if generation.exists():
+        sources[generation] = read_json(generation)
+
+    found = []
+    for file, said in sources.items():
+        eos = said.get("eos_token_id")
+        listed = eos if isinstance(eos, list) else [eos]
+        right = all(id is None or type(id) is int and id >= 0 for id in listed)
+        require(right, f"{file}: eos_token_id is {shown(eos)}, should be ids")
+        found += listed
     found += [ids.get(token) for token in END_OF_TURN]
     return [id for id in dict.fromkeys(found) if id is not None]
 
@@ -743,20 +747,28 @@ def qwen2_tokenizer(folder):
     return tokenizer
 
 
+def tokenizer_config(folder):
+    """What tokenizer_config.json says; {} if there is none."""
+    file = folder / "tokenizer_config.json"
+    return read_json(file) if file.exists() else {}
+
+
 def added_tokens(folder):
     """{id: AddedToken} of added_tokens.json and tokenizer_config.json, in order of the ids."""
-    listed, about = folder / "added_tokens.json", folder / "tokenizer_config.json"
+    listed = folder / "added_tokens.json"
+    described = tokenizer_config(folder).get("added_tokens_decoder") or {}
+    said = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
+    require(isinstance(described, dict), f"{said} is {shown(described)}, should be an object")
+
     found = {}
-    if listed.exists() or not about.exists():
+    if listed.exists() or not described:
         for token, id in integers(listed, read_json(listed)).items():
             found[id] = AddedToken(token, special=True, normalized=False)
-    described = read_json(about).get("added_tokens_decoder") or {} if about.exists() else {}
     for id, flags in described.items():
         try:
             found[int(id)] = AddedToken(**{name: flags[name] for name in ADDED_TOKEN_FLAGS})
         except (KeyError, TypeError, ValueError) as error:
-            said = f"{about}: added_tokens_decoder holds {shown(id)}: {shown(flags)}"
-            raise ValueError(f"{said}, should be an id and its token") from error
+            raise ValueError(f"{said} holds {shown(id)}: {shown(flags)}, no token") from error
     return dict(sorted(found.items()))
 
 
@@ -816,14 +828,15 @@ def note_on_the_template(turns, own, base):
 
 def own_template(folder):
     """The text of a checkpoint's chat template, for an engine that is not here; None if absent."""
-    file, about = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    file = folder / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8", errors="replace")
-    template = read_json(about).get("chat_template") if about.exists() else None
+
+    template = tokenizer_config(folder).get("chat_template")
     if isinstance(template, list):  # of {"name": ..., "template": ...}
         named = [entry for entry in template if isinstance(entry, dict)]
         template = " ".join(str(entry.get("template")) for entry in named)
-    return template if template is None else str(template)
+    return None if template is None else str(template)
 
 
 def resembles(own, turns):

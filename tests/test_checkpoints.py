@@ -324,6 +324,12 @@ def test_a_number_that_makes_no_transformer_is_refused(tmp_path, key, value, com
     assert message.startswith(f"{tmp_path / 'config.json'}: {complaint}")
 
 
+@pytest.mark.parametrize("ids", [("1",), (12,), (-1,), (True,), (0, None)])
+def test_an_end_of_a_config_that_is_no_id_is_refused(ids):
+    with pytest.raises(ValueError, match="other_end_ids is .*, should be from 0 to 11"):
+        Config(**{field: TINY[field] for field in FIELDS}, other_end_ids=ids)
+
+
 def test_a_message_has_the_keys_of_the_file(tmp_path):
     message = refusal(write_checkpoint(tmp_path, DREAM | {"hidden_size": 12}))
     said = "hidden_size is 12, should be an even multiple of num_attention_heads 4"

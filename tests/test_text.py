@@ -12,6 +12,7 @@ from checkpoints import (
     LLADA_SPECIAL,
     LLADA_WORDS,
     QWEN2,
+    TINY,
     VOCAB,
     byte_level_bpe,
     refusal,
@@ -168,11 +169,18 @@ def test_an_added_token_without_id_or_flags_is_refused(tmp_path, decoder):
     key, flags = list(decoder.items())[0]
     message = refusal(tmp_path, load_tokenizer)
     assert f"added_tokens_decoder holds {key!r}: " in message
-    assert f"added_tokens_decoder holds {key!r}: " in refusal(tmp_path, model_ids)
+    assert f"added_tokens_decoder holds {key!r}: " in refusal(tmp_path, read_config)
 
 
-def model_ids(folder):
-    write_json(folder / "config.json", {"model_type": "llada", "d_model": 8})
+@pytest.mark.parametrize("decoder", [[1], "a", 5])
+def test_added_tokens_that_are_no_object_are_refused(tmp_path, decoder):
+    write_json(write_qwen2(tmp_path) / "tokenizer_config.json", {"added_tokens_decoder": decoder})
+    said = f"added_tokens_decoder is {decoder!r}, should be an object"
+    assert said in refusal(tmp_path, load_tokenizer) and said in refusal(tmp_path, read_config)
+
+
+def read_config(folder):
+    write_json(folder / "config.json", TINY)
     return Config.from_json(folder / "config.json")
 
 
