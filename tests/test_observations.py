@@ -1,8 +1,6 @@
 """What observations.py measures against loops over positions, and what it prints on the model."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,29 +23,34 @@ def embedded():
 
 @given(st.permutations(SIX), st.lists(st.integers(0, 2), min_size=6, max_size=6))
 def test_steps_left_and_order_follow_from_the_step_that_decodes(step, tokens):
-    known = torch.tensor([[[step[i] <= s for i in SIX] for s in SIX]])
-    decoded = observations.decoded_at(known)
-    left = observations.steps_left(decoded, S=6)
-    assert left.tolist() == [[[step[i] - s for i in SIX] for s in SIX[1:]]]
-    ordered = observations.in_order(torch.tensor([tokens]), decoded)
-    assert ordered.tolist() == [[tokens[step.index(s)] for s in SIX]]
-    assert observations.first(ordered == 2).item() == 1 + [*ordered[0], 2].index(2)
+    """No prompt, six positions, and step[i] the number of steps done before i is decoded."""
+    known = torch.tensor([[[step[i] < s for i in SIX] for s in range(7)]])
+    canvases = observations.Canvases(torch.tensor([[tokens] * 7]), known, prompt_length=0)
+    assert canvases.steps_left.tolist() == [[[step[i] - s for i in SIX] for s in SIX]]
+    assert canvases.in_order.tolist() == [[tokens[step.index(s)] for s in SIX]]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=6))
+def test_first_counts_from_one_and_goes_beyond_the_end_without_a_hit(hits):
+    assert observations.first(torch.tensor([hits])).item() == 1 + [*hits, True].index(True)
 
 
 def test_mean_within_takes_both_ends_of_the_span():
-    values, left = torch.tensor([[1.0, 2.0], [4.0, 8.0]]), torch.tensor([[3, 2], [1, 0]])
+    values = torch.tensor([[1.0, 2.0], [4.0, 8.0]])
+    left = torch.tensor([[3, 2], [1, 0]])
     assert observations.mean_within(values, left, 1, 2) == 3
 
 
 def test_key_changes_are_those_of_canvases_recomputed_one_by_one(embedded):
     changes = observations.key_changes(embedded, TOKENS)
     for b, s in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
-        before, after = (KVCache(embedded.config, 1, 20, "cpu", torch.float64) for _ in range(2))
+        before = KVCache(embedded.config, 1, 20, "cpu", torch.float64)
+        after = KVCache(embedded.config, 1, 20, "cpu", torch.float64)
         embedded(TOKENS[b, s : s + 1], cache=before)
         embedded(TOKENS[b, s + 1 : s + 2], cache=after)
         for i in range(20):
-            pairs = zip(before.k[:, 0, i], after.k[:, 0, i])  # by layer
-            expected = sum(((new - old).norm() / old.norm()).item() for old, new in pairs) / 4
+            layers = zip(before.k[:, 0, i], after.k[:, 0, i])
+            expected = sum(((new - old).norm() / old.norm()).item() for old, new in layers) / 4
             assert changes[b, s, i].item() == pytest.approx(expected)
 
 
@@ -60,23 +63,57 @@ def test_influence_shares_are_those_of_the_rollout_as_matrix_products(embedded):
         top = sorted(range(20), key=lambda i: -influence[i])[:2]
         masked = [i for i in range(20) if not known[i]]
         kinds = range(5), range(6, 20, 3), masked, top, set(top) & set(masked)
-        for pair, kind in zip(row, kinds):
+        for pair, kind in zip(row, kinds, strict=True):
             assert pair == pytest.approx([len(kind) / 20, sum(influence[i] for i in kind) / 20])
 
 
-def test_program_prints_the_observations_that_hold_for_the_embedded_model():
-    program = [sys.executable, observations.__file__]
-    result = subprocess.run(program, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    rows = dict(re.findall(r"^(\S.*?)  +(\d.*)$", result.stdout, re.MULTILINE))
-    rows = {name: [float(n) for n in re.findall(r"\d+\.\d", row)] for name, row in rows.items()}
-    for order in (0, 1):
-        fast = max(rows[f"{span} before"][order] for span in ("4-3", "2", "1"))
-        slow = ("63-33 before", "32-17 before", "2-4 after", "5-8 after", "9-16 after")
-        assert rows["becomes a token"][order] > 10 * fast
-        assert all(fast > 2 * rows[span][order] for span in slow)
-    positions, influence = rows["top tenth"][::2], rows["top tenth"][1::2]
-    assert all(held > 2 * share for held, share in zip(influence, positions))
-    prior, confidence = rows["by certainty prior"], rows["by confidence"]
-    assert confidence[0] > prior[0] == 0 and confidence[-1] < 16 < prior[-1]
-    assert confidence[-2] == prior[-2]  # EOS in another order, but as many
+def test_a_sketch_tells_words_from_end_of_text_and_from_masks():
+    tokens = torch.tensor([7, 0, 1, 0, 9])
+    known = torch.tensor([True, True, False, False, True])
+    assert observations.sketch(tokens, known, end_ids=(0, 5)) == "#|..#"
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """What the program prints, of two problems instead of sixteen."""
+    with pytest.MonkeyPatch.context() as patch:
+        lines = []
+        patch.setattr("builtins.print", lambda *parts: lines.append(" ".join(map(str, parts))))
+        observations.report(range(2))
+    return lines
+
+
+def numbers(lines, name):
+    """The numbers of the line that begins with a name."""
+    (line,) = [line for line in lines if line.startswith(name + " ")]
+    return [float(number) for number in re.findall(r"\d+\.\d", line.removeprefix(name))]
+
+
+def test_keys_move_fast_before_their_position_is_decoded_and_rest_afterwards(printed):
+    fast = max(numbers(printed, f"{span} before")[0] for span in ("4-3", "2", "1"))
+    slow = ("63-33 before", "32-17 before", "5-8 after", "9-16 after", "17-63 after")
+    assert numbers(printed, "becomes a token")[0] > 5 * fast
+    assert all(fast > 2 * numbers(printed, span)[0] for span in slow)
+
+
+def test_end_of_text_comes_first_by_confidence_and_last_by_prior(printed):
+    prior = numbers(printed, "certainty prior")
+    confidence = numbers(printed, "confidence")
+    assert confidence[0] > 50 and confidence[-1] == 1
+    assert prior[0] == 0 and prior[-1] > 40
+
+
+def test_step_by_step_the_end_grows_inwards_until_the_calculation_has_no_room(printed):
+    steps = [re.fullmatch(r" *(\d+) +(\d+)  (\S+) +(\d\.\d\d)  ([#|.]{64})", s) for s in printed]
+    steps = [step.groups() for step in steps if step]
+    assert [int(step) for step, *_ in steps] == list(range(1, 65))
+    before = "." * 64
+    for _, position, token, _, canvas in steps:
+        changed = [i for i in range(64) if canvas[i] != before[i]]
+        assert changed == [int(position)]
+        assert canvas[changed[0]] == ("|" if token == "<eos>" else "#")
+        before = canvas
+
+    assert all(token == "<eos>" for _, _, token, *_ in steps[:8])
+    equations = re.findall(r"\d+ [+-] \d+ = \d+", printed[-1])
+    assert printed[-1].startswith("answer: Zoe starts") and len(equations) < 3

@@ -1,18 +1,18 @@
-"""The embedded model and its word problems against what the README says of them."""
+"""The embedded model and its word problems against what problems.py and the README say of them."""
 
+import json
 import random
 import re
 
 import pytest
-import bench
-from bench import final_number, read_problems
-from d2cache import EMBEDDED_MODEL, D2Cache, settings
+import torch
+from d2cache import EMBEDDED_MODEL, D2Cache, decode, settings
 from hypothesis import given
 from hypothesis import strategies as st
-from huggingface_hub.utils import tqdm
-from model import Transformer, load_tokenizer
+from model import Transformer, decode_response, encode_prompt, load_tokenizer
 
 from tiny.problems import (
+    EVENTS,
     RESPONSE_LENGTH,
     SPECIAL_TOKENS,
     TEST_GROUP,
@@ -25,7 +25,15 @@ from tiny.problems import (
     vocabulary,
 )
 
-PROBLEMS = read_problems(EMBEDDED_MODEL / "problems.jsonl", TEST_PROBLEMS)
+LINES = (EMBEDDED_MODEL / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+RECORDS = [json.loads(line) for line in LINES]
+PROBLEMS = [(record["question"], record["answer"]) for record in RECORDS]
+FIRST = PROBLEMS[:TEST_GROUP]
+ORDERS = {
+    "confidence": {},
+    "blocks": {"block_length": settings(RESPONSE_LENGTH)["dual"]["block_length"]},
+    "prior": {"sigma": settings(RESPONSE_LENGTH)["d2cache"]["sigma"]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +41,38 @@ def embedded():
     return Transformer.from_pretrained(EMBEDDED_MODEL), load_tokenizer(EMBEDDED_MODEL)
 
 
-def solve(embedded, problems, arguments):
-    """The responses' texts, and the share of positions recomputed for them."""
-    questions, nobody = [question for question, _ in problems], tqdm(disable=True)
-    texts, _, share = bench.solve(*embedded, questions, RESPONSE_LENGTH, arguments, nobody)
-    return texts, share
+@pytest.fixture(scope="module")
+def vanilla(embedded):
+    """The states of uncached decodes of the first problems, by order."""
+    return {name: watch(embedded, FIRST, order) for name, order in ORDERS.items()}
 
 
-def solved(texts, problems):
-    """The share of the texts that end in the right number."""
-    right = [
-        final_number(text) == final_number(answer) for text, (_, answer) in zip(texts, problems)
-    ]
-    return sum(right) / len(texts)
+def watch(embedded, problems, arguments):
+    """Every state of a decode of problems whose questions have equally many tokens."""
+    model, tokenizer = embedded
+    prompt = torch.cat([encode_prompt(tokenizer, question) for question, _ in problems])
+    return list(decode(model, prompt, RESPONSE_LENGTH, **arguments))
+
+
+def solved(embedded, problems, states):
+    """How many of the problems come to the right number."""
+    model, tokenizer = embedded
+    right = 0
+    for ids, (_, answer) in zip(states[-1].tokens[:, -RESPONSE_LENGTH:], problems, strict=True):
+        text = decode_response(tokenizer, ids, model.config.end_ids)
+        right += number(text) == number(answer)
+    return right
+
+
+def number(answer):
+    """What stands behind the last "####", None without it."""
+    _, mark, after = answer.rpartition("#### ")
+    return after if mark else None
+
+
+def equations(answer):
+    """(day, count, sign, amount, result) of every equation."""
+    return re.findall(r"(\w+): (\d+) ([+-]) (\d+) = (\d+)", answer)
 
 
 def test_held_out_problems_are_those_of_the_test_seed():
@@ -54,13 +81,35 @@ def test_held_out_problems_are_those_of_the_test_seed():
     assert len(set(PROBLEMS)) == TEST_PROBLEMS
 
 
-@given(st.integers(0, 2**32), st.sampled_from([(1, 2), (2, 3), (3, 5)]))
+@given(st.integers(0, 2**32), st.sampled_from([(1, 2), (2, 3), EVENTS]))
 def test_answers_follow_from_their_questions(seed, events):
-    question, answer = problem(random.Random(seed), *events)
+    question, answer = problem(random.Random(seed), events, direct_share=0)
     count = int(re.search(r"has (\d+)", question).group(1))
-    for verb, amount in re.findall(r"On \w+ \w+ (\w+) (?:away )?(\d+)", question):
-        count += int(amount) if verb in ("buys", "finds", "gets", "wins") else -int(amount)
-    assert answer.endswith(f"#### {count}") and 10 <= count <= 99
+    found = re.findall(r"On (\w+) \w+ (\w+) (?:away )?(\d+)", question)
+    assert events[0] <= len(found) <= events[1]
+    for (day, verb, amount), equation in zip(found, equations(answer), strict=True):
+        sign = "+" if verb in ("buys", "finds", "gets", "wins") else "-"
+        result = count + int(amount) if sign == "+" else count - int(amount)
+        assert equation == (day, str(count), sign, amount, str(result))
+        assert 10 <= result <= 99
+        count = result
+    assert number(answer) == str(count)
+
+
+def test_the_length_of_an_answer_does_not_follow_from_its_question():
+    """Equations have 10 to 12 tokens, drawn one by one; a quarter of the answers has none."""
+    tokenizer = make_tokenizer()
+    lengths = {}
+    direct = 0
+    for seed in range(4000):
+        question, answer = problem(random.Random(seed))
+        if not equations(answer):
+            direct += 1
+            continue
+        of_equations = len(tokenizer.encode(answer)) - 10  # "Zoe starts with 66 eggs. ... #### 78"
+        lengths.setdefault(question.count(" On "), set()).add(of_equations)
+    assert lengths == {3: set(range(30, 37)), 4: set(range(40, 49))}
+    assert 0.22 < direct / 4000 < 0.28
 
 
 @given(st.integers(0, 2**32))
@@ -69,6 +118,7 @@ def test_tokenizer_reads_every_problem_and_gives_it_back(seed):
     for text in problem(random.Random(seed)):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         assert min(ids) >= len(SPECIAL_TOKENS) and tokenizer.decode(ids) == " " + text
+        assert len(ids) < RESPONSE_LENGTH
 
 
 def test_checkpoint_fits_the_problems(embedded):
@@ -80,62 +130,28 @@ def test_checkpoint_fits_the_problems(embedded):
     assert (EMBEDDED_MODEL / "model.safetensors").stat().st_size <= 4_000_000
 
 
-def test_vanilla_decoding_solves_nine_of_ten_problems(embedded):
-    texts, _ = solve(embedded, PROBLEMS[:48], {})
-    assert solved(texts, PROBLEMS) >= 0.9
+def test_the_order_of_decoding_decides_what_vanilla_solves(embedded, vanilla):
+    """Confidence alone ends answers too early; blocks and the certainty prior do not."""
+    right = {name: solved(embedded, FIRST, states) for name, states in vanilla.items()}
+    assert right["confidence"] <= 5 and right["blocks"] >= 7 and right["prior"] >= 7
 
 
-def test_d2cache_solves_as_many_with_a_fifth_of_the_work(embedded):
-    texts, share = solve(embedded, PROBLEMS[:40], settings(RESPONSE_LENGTH)["d2cache"])
-    assert solved(texts, PROBLEMS) >= 0.85 and share < 0.2
+def test_confidence_commits_end_of_text_early_and_the_prior_late(embedded, vanilla):
+    eos_token_id = embedded[0].config.eos_token_id
+    ends = {}
+    for name, states in vanilla.items():
+        state = states[RESPONSE_LENGTH // 4 - 1]
+        is_end = state.known & (state.tokens == eos_token_id)
+        ends[name] = is_end.sum(dim=1).float().mean().item()
+    assert ends["confidence"] > 4 and ends["blocks"] == ends["prior"] == 0
 
 
-def test_full_refresh_is_vanilla_on_the_trained_model_too(embedded):
-    everything = {"policy": D2Cache(k=512, p=1)}
-    assert solve(embedded, PROBLEMS[:8], everything) == solve(embedded, PROBLEMS[:8], {})
+def test_d2cache_solves_as_many_with_a_seventh_of_the_work(embedded):
+    states = watch(embedded, FIRST, settings(RESPONSE_LENGTH)["d2cache"])
+    share = torch.stack([state.chosen for state in states]).float().mean().item()
+    assert solved(embedded, FIRST, states) >= 7 and share < 0.15
 
 
-def test_forwards_and_shares_are_those_of_each_sequence_alone(embedded):
-    """A batch goes on until its last sequence is decoded; the others wait."""
-    arguments, nobody = settings(64)["d2cache"] | {"threshold": 0.9}, tqdm(disable=True)
-
-    def work(questions):
-        return bench.solve(*embedded, questions, RESPONSE_LENGTH, arguments, nobody)[1:]
-
-    questions = [question for question, _ in PROBLEMS[:4]]
-    alone = [work([question]) for question in questions]
-    assert len({forwards for forwards, _ in alone}) > 1
-    assert work(questions) == pytest.approx([sum(values) / 4 for values in zip(*alone)])
-
-
-def test_a_quality_row_is_named_after_its_threshold():
-    for name, arguments in bench.quality_rows(64):
-        _, mark, threshold = name.partition("threshold ")
-        assert arguments.get("threshold") == (float(threshold) if mark else None)
-
-
-def test_agreement_is_with_exact_decoding_in_the_same_order(monkeypatch):
-    """A stand-in for `solve` whose text says how it would have decoded."""
-
-    def solve(model, tokenizer, questions, gen_length, arguments, progress):
-        order = [arguments.get(name) for name in ("block_length", "sigma", "threshold")]
-        return [str(order)] * len(questions), 1, 1.0
-
-    monkeypatch.setattr(bench, "solve", solve)
-    rows, _ = bench.measure_quality(None, None, [("How many?", "#### 1")], 64)
-    for row in rows:
-        assert row["same text"] == (None if row["policy"].startswith("vanilla") else 1)
-
-
-@pytest.mark.parametrize(
-    "text, number",
-    [
-        ("so 3 + 4 = 7 #### 7", "7"),
-        ("#### 1,234 apples", "1234"),
-        ("It is -2.5.", "-2.5"),
-        ("####", None),
-        ("", None),
-    ],
-)
-def test_final_number_is_behind_the_mark_or_else_last(text, number):
-    assert final_number(text) == number
+def test_full_refresh_is_vanilla_on_the_trained_model_too(embedded, vanilla):
+    everything = watch(embedded, FIRST[:2], {"policy": D2Cache(k=512, p=1)})
+    assert torch.equal(everything[-1].tokens, vanilla["confidence"][-1].tokens[:2])

@@ -1,51 +1,111 @@
-"""What d2Cache rests on, seen in the embedded model: `python tests/tiny/observations.py`.
+"""What d2Cache rests on, looked for in the embedded model: `python tests/tiny/observations.py`.
 
-The paper observes that (1) the keys of a masked position drift, then move fast shortly before it is
-decoded, then rest, so few masks need recomputing at a time (stage 1); (2) attention gathers on few
-prompt and decoded positions (stage 2); (3) confidence alone commits the end of the text too early
-(certainty prior). It measures LLaDA-8B, of 32 layers; this prints what 4 layers do under uncached
-decoding, the same or not.
+The paper observes three things in LLaDA-8B, a model of 32 layers:
+  1. the keys of a masked position move slowly, then fast shortly before it is decoded, then rest,
+     so few masks need recomputing at a time (stage 1);
+  2. attention gathers on few prompt and decoded positions (stage 2);
+  3. confidence alone commits the end of the text too early (certainty prior).
+This measures the same in 4 layers under uncached decoding, and prints what it finds, the same or
+not. Then it prints one decode by confidence, step by step, to show how the third comes about.
 
 Paper: arXiv 2509.23094, section 3. Shape letters as in model.py, and S canvases of a decode: the
 blank one, then the one after every step.
 """
 
 import itertools
+import json
 import sys
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
 
-from bench import PROBLEMS, QUALITY_LENGTH, decode, read_problems  # noqa: E402
-from d2cache import EMBEDDED_MODEL, attention_rollout, best, blank_canvas, settings  # noqa: E402
-from model import KVCache, Transformer, encode_prompt, load_tokenizer  # noqa: E402
+from d2cache import EMBEDDED_MODEL, attention_rollout, decode, highest, settings  # noqa: E402
+from model import (  # noqa: E402
+    KVCache,
+    Transformer,
+    decode_response,
+    encode_prompt,
+    load_tokenizer,
+)
+
+from problems import SAMPLE  # noqa: E402
 
 import torch  # noqa: E402  (after model, which keeps its import quiet)
+import torch.nn.functional as F  # noqa: E402
 
-CHOSEN, EIGHTH = range(0, 48, 3), QUALITY_LENGTH // 8  # problems of 3 to 5 events
-QUARTERS = [2 * EIGHTH * n for n in (1, 2, 3)]  # of the steps
-ORDERS = {"certainty prior": settings(QUALITY_LENGTH)["d2cache"]["sigma"], "confidence": None}
-SPANS = {  # when a position is decoded: steps left, least and most
-    "63-33 before": (33, 63), "32-17 before": (17, 32), "16-9 before": (9, 16),
-    "8-5 before": (5, 8), "4-3 before": (3, 4), "2 before": (2, 2), "1 before": (1, 1),
-    "becomes a token": (0, 0), "1 after": (-1, -1), "2-4 after": (-4, -2), "5-8 after": (-8, -5),
-    "9-16 after": (-16, -9), "17-63 after": (-63, -17),
-}  # fmt: skip
-KINDS = ("prompt", "decoded", "masked", "top tenth", "  masked of it")
-BAR, MARK = 24, 0.0025  # the longest bar, and the change that one mark of it stands for
+GEN_LENGTH = 64
+EIGHTH = GEN_LENGTH // 8
+CHOSEN = range(0, 48, 3)  # of the held-out problems
+QUARTERS = [16, 32, 48]  # of the steps, after which influence is measured
+
+PRIOR = {"sigma": settings(GEN_LENGTH)["d2cache"]["sigma"]}
+BLOCKS = {"block_length": settings(GEN_LENGTH)["dual"]["block_length"]}
+CONFIDENCE = {}  # alone: no prior, no blocks
+ORDERS = {"certainty prior": PRIOR, "blocks": BLOCKS, "confidence": CONFIDENCE}
+
+SPANS = {  # of steps left until a position is decoded, least and most
+    "63-33 before": (33, 63),
+    "32-17 before": (17, 32),
+    "16-9 before": (9, 16),
+    "8-5 before": (5, 8),
+    "4-3 before": (3, 4),
+    "2 before": (2, 2),
+    "1 before": (1, 1),
+    "becomes a token": (0, 0),
+    "1 after": (-1, -1),
+    "2-4 after": (-4, -2),
+    "5-8 after": (-8, -5),
+    "9-16 after": (-16, -9),
+    "17-63 after": (-63, -17),
+}
+KINDS = ("prompt", "decoded", "masked", "top tenth", "masked in the top tenth")
+BAR = 40  # characters of the longest bar
+COLUMNS = (34, 30, 34)  # widths of the table: claim, paper, here
 
 
-def decoded_at(known):
-    """The first canvas that shows each position's token, 0 for a prompt.  (B, S, T) -> (B, T)"""
-    return (~known).sum(dim=1)
+@dataclass(frozen=True)
+class Canvases:
+    """The canvases of B sequences with prompts of P tokens, decoded without a cache."""
+
+    tokens: torch.Tensor  # (B, S, T)
+    known: torch.Tensor  # (B, S, T)
+    prompt_length: int
+
+    @property
+    def decoded_at(self):
+        """The first canvas that shows each position's token, 0 for a prompt.  (B, T)"""
+        return (~self.known).sum(dim=1)
+
+    @property
+    def steps_left(self):
+        """Steps until each position is decoded, as each step ends.  (B, S - 1, T)
+
+        0 is the step that makes it a token, and what follows is negative.
+        """
+        S = self.known.shape[1]
+        return self.decoded_at[:, None] - torch.arange(1, S)[:, None]
+
+    @property
+    def in_order(self):
+        """The response's tokens in the order of their decoding.  (B, T - P)"""
+        response = self.tokens[:, -1, self.prompt_length :]
+        order = self.decoded_at[:, self.prompt_length :].argsort(dim=1, stable=True)
+        return response.gather(1, order)
 
 
-def steps_left(decoded, S):
-    """Steps until each position is decoded, as each step ends.  (B, T) -> (B, S - 1, T)
-
-    0 is the step that makes it a token, and what follows is negative.
-    """
-    return decoded[:, None] - torch.arange(1, S)[:, None]
+def canvases(model, prompt, order):
+    """An uncached decode of prompts (B, P) in an order of decoding."""
+    blank = F.pad(prompt, (0, GEN_LENGTH), value=model.config.mask_token_id)
+    in_prompt = torch.arange(blank.shape[1]) < prompt.shape[1]
+    tokens = [blank]
+    known = [in_prompt.expand_as(blank)]
+    for state in decode(model, prompt, GEN_LENGTH, **order):
+        tokens.append(state.tokens)
+        known.append(state.known)
+    return Canvases(torch.stack(tokens, dim=1), torch.stack(known, dim=1), prompt.shape[1])
 
 
 def relative_change(keys):
@@ -54,29 +114,8 @@ def relative_change(keys):
     In the first layer a key follows from token and place alone: it moves in one step only.
     """
     keys = keys.flatten(3)
-    return ((keys[:, 1:] - keys[:, :-1]).norm(dim=3) / keys[:, :-1].norm(dim=3)).mean(dim=0)
-
-
-def mean_within(values, left, least, most):
-    """Mean of the values for which `left`, of the same shape, is from least to most."""
-    return values[(least <= left) & (left <= most)].mean().item()
-
-
-def in_order(response, decoded):
-    """A response's tokens in the order of their decoding.  2 x (B, T) -> (B, T)"""
-    return response.gather(1, decoded.argsort(dim=1, stable=True))
-
-
-def first(hits):
-    """The number, counted from 1, of each row's first hit; T + 1 without any.  (B, T) -> (B,)"""
-    return 1 + (hits.cumsum(dim=1) == 0).sum(dim=1)
-
-
-def canvases(model, prompt, sigma):
-    """Tokens and known positions of all canvases of an uncached decode.  (B, P) -> 2 x (B, S, T)"""
-    _, steps = decode(model, prompt, QUALITY_LENGTH, {"sigma": sigma})
-    states = [blank_canvas(model, prompt, QUALITY_LENGTH, None)] + [state for state, _ in steps]
-    return [torch.stack([getattr(s, name) for s in states], dim=1) for name in ("tokens", "known")]
+    moved = (keys[:, 1:] - keys[:, :-1]).norm(dim=3)
+    return (moved / keys[:, :-1].norm(dim=3)).mean(dim=0)
 
 
 def key_changes(model, tokens):
@@ -84,7 +123,7 @@ def key_changes(model, tokens):
     changes = []
     for sequence in tokens:  # its S canvases are a batch
         cache = KVCache(model.config, *sequence.shape, tokens.device, model.wte.weight.dtype)
-        model.trunk(sequence, cache=cache)
+        model.hidden_states(sequence, cache=cache)
         changes.append(relative_change(cache.k))
     return torch.stack(changes)
 
@@ -94,80 +133,212 @@ def influence_shares(model, tokens, known, P):
 
     tokens, known (B, T) -> (B, 5, 2)
     """
-    _, maps = model.trunk(tokens, return_attention=True)
-    T, ones = tokens.shape[1], torch.ones_like(known)
+    T = tokens.shape[1]
     positions = torch.arange(T).expand_as(tokens)
-    influence = attention_rollout(maps, positions, ones)
-    top = best(influence, ones, round(T / 10))
+    everywhere = torch.ones_like(known)
+    _, maps = model.hidden_states(tokens, return_attention=True)
+    influence = attention_rollout(maps, positions, everywhere)
+
+    top = highest(influence, everywhere, round(T / 10))
     kinds = torch.stack([positions < P, known & (positions >= P), ~known, top, top & ~known])
-    shares = torch.stack([ones, influence]) / T  # each row sums to 1
+    shares = torch.stack([everywhere, influence]) / T  # each row sums to 1
     return (kinds[:, None] * shares).sum(dim=3).permute(2, 0, 1)  # (5, 2, B, T) -> (B, 5, 2)
 
 
-def measure(model, prompts, sigma):
-    """All that the tables need of N problems decoded in one order.
+def mean_within(values, left, least, most):
+    """Mean of the values for which `left`, of the same shape, is from least to most."""
+    return values[(least <= left) & (left <= most)].mean().item()
 
-    Changes of keys and steps left, 2 x (N, S - 1, T - P); mean influence shares at the QUARTERS,
-    (3, 5, 2); whether each token committed was EOS, (N, T - P).
-    """
-    changes, left, shares, eos = [], [], [], []
+
+def first(hits):
+    """The number, counted from 1, of each row's first hit; T + 1 without any.  (B, T) -> (B,)"""
+    return 1 + (hits.cumsum(dim=1) == 0).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was seen of N problems decoded in one order."""
+
+    changes: torch.Tensor  # of the response's keys in every step, (N, S - 1, T - P)
+    left: torch.Tensor  # steps until decoded, (N, S - 1, T - P)
+    shares: torch.Tensor  # of positions and influence, (N, quarters, kinds, 2)
+    eos: torch.Tensor  # whether the n-th token committed was end-of-text, (N, T - P)
+    solved: float  # share of the problems
+
+
+def measure(model, tokenizer, problems, order):
+    """Decode (question, answer) pairs in an order and measure everything."""
+    prompts = [encode_prompt(tokenizer, question) for question, _ in problems]
+    changes = []
+    left = []
+    shares = []
+    eos = []
+    texts = []
     for P, group in itertools.groupby(prompts, key=lambda prompt: prompt.shape[1]):
-        tokens, known = canvases(model, torch.cat(list(group)), sigma)
-        decoded, response = decoded_at(known)[:, P:], tokens[:, -1, P:]
-        changes.append(key_changes(model, tokens)[..., P:])
-        left.append(steps_left(decoded, tokens.shape[1]))
-        parts = [influence_shares(model, tokens[:, s], known[:, s], P) for s in QUARTERS]
-        shares.append(torch.stack(parts, dim=1))
-        eos.append(in_order(response, decoded) == model.config.eos_token_id)
-    return torch.cat(changes), torch.cat(left), torch.cat(shares).mean(dim=0), torch.cat(eos)
+        seen = canvases(model, torch.cat(list(group)), order)
+        changes.append(key_changes(model, seen.tokens)[..., P:])
+        left.append(seen.steps_left[..., P:])
+        shares.append(shares_at_quarters(model, seen))
+        eos.append(seen.in_order == model.config.eos_token_id)
+        for response in seen.tokens[:, -1, P:]:
+            texts.append(decode_response(tokenizer, response, model.config.end_ids))
+
+    numbers = [answer.split("####")[1] for _, answer in problems]
+    right = [text.endswith("####" + number) for text, number in zip(texts, numbers)]
+    return Measured(
+        changes=torch.cat(changes),
+        left=torch.cat(left),
+        shares=torch.cat(shares),
+        eos=torch.cat(eos),
+        solved=sum(right) / len(right),
+    )
 
 
-def print_changes(orders):
-    how = f"layer mean, {len(CHOSEN)} problems; # is {MARK:.2%}, {BAR} at most"
-    print(f"1. KEYS: ||k(s+1) - k(s)|| / ||k(s)|| in responses, {how}")
-    print("decoded".ljust(18) + "".join(f"by {name}".ljust(BAR + 11) for name in orders).rstrip())
-    for label, span in SPANS.items():
-        values = [mean_within(changes, left, *span) for changes, left, *_ in orders.values()]
-        bars = [f"{v:6.1%}  " + (BAR * "#")[: round(v / MARK)].ljust(BAR + 3) for v in values]
-        print(label.ljust(16) + "".join(bars).rstrip())
-    for name, (changes, left, *_) in orders.items():
-        spans = (1, 8), (9, 63), (-63, -1)
-        near, far, after = (mean_within(changes, left, *span) for span in spans)
-        times = f"{near / far:.1f} x that 63-9 before, {near / after:.1f} x that after"
-        print(f"by {name}, the change 8-1 before is {times}")
+def shares_at_quarters(model, canvases):
+    """`influence_shares` after each of the QUARTERS.  -> (B, quarters, kinds, 2)"""
+    parts = []
+    for step in QUARTERS:
+        tokens = canvases.tokens[:, step]
+        known = canvases.known[:, step]
+        parts.append(influence_shares(model, tokens, known, canvases.prompt_length))
+    return torch.stack(parts, dim=1)
 
 
-def print_shares(shares):
-    how = f"(rollout), {len(CHOSEN)} problems, by certainty prior"
-    print(f"\n2. ATTENTION: share of positions and influence {how}")
-    heads = [f"{step}: positions  influence" for step in QUARTERS]
-    print("after step".ljust(14) + "".join(head.rjust(28) for head in heads))
-    for kind, row in zip(KINDS, shares.unbind(dim=1)):
-        print(kind.ljust(14) + "".join(f"{n:17.1%}{held:11.1%}" for n, held in row.tolist()))
-    positions, held = shares.mean(dim=0)[KINDS.index("masked")]
-    print(f"a masked position has {held / positions:.1f} x the mean influence")
+def claims(measured):
+    """Rows of the table: what the paper claims, what it saw, and what is seen here."""
+    prior = measured["certainty prior"]
+    far, near, after = (
+        mean_within(prior.changes, prior.left, *span) for span in ((9, 63), (1, 8), (-63, -1))
+    )
+    _, _, masked, top, masked_in_top = prior.shares.mean(dim=(0, 1)).tolist()
+    early = {name: seen.eos[:, :EIGHTH].float().mean().item() for name, seen in measured.items()}
+    solved = {name: f"{seen.solved:.0%}" for name, seen in measured.items()}
+    return [
+        (
+            "Keys move fast shortly before their position is decoded, and rest afterwards.",
+            "Three phases: slow, fast, at rest.",
+            f"In the 8 steps before {near / far:.1f} times as much as earlier, and "
+            f"{near / after:.1f} times as much as afterwards.",
+        ),
+        (
+            "Attention gathers on few positions.",
+            "Yes.",
+            f"A tenth of the positions holds {top[1]:.0%} of the influence.",
+        ),
+        (
+            "These are prompt and decoded ones.",
+            "Yes.",
+            f"{masked_in_top[0] / top[0]:.0%} of that tenth are masked. A masked position has "
+            f"{masked[1] / masked[0]:.1f} times the mean influence.",
+        ),
+        (
+            "Confidence alone commits the end of the text too early.",
+            "Mean score of four tasks: confidence 32.7, blocks 43.9, certainty prior 44.1.",
+            f"Solved: confidence {solved['confidence']}, blocks {solved['blocks']}, certainty "
+            f"prior {solved['certainty prior']}. End-of-text among the first {EIGHTH} tokens "
+            f"committed: {early['confidence']:.0%}, {early['blocks']:.0%} and "
+            f"{early['certainty prior']:.0%}.",
+        ),
+    ]
 
 
-def print_ends(orders):
-    how = f"the first one's step, {len(CHOSEN)} problems, no blocks"
-    print(f"\n3. END OF TEXT: share of EOS among tokens committed, {how}")
-    spans = [f"{n + 1}-{n + EIGHTH}" for n in range(0, QUALITY_LENGTH, EIGHTH)]
-    print("steps".ljust(18) + "".join(head.rjust(8) for head in [*spans, "all", "first"]))
-    for name, (*_, eos) in orders.items():
-        shares = [*eos.float().unflatten(1, (8, EIGHTH)).mean(dim=(0, 2)), eos.float().mean()]
-        cells = "".join(f"{value:8.1%}" for value in shares)
-        print(f"by {name}".ljust(18) + f"{cells}{first(eos).float().mean():8.1f}")
+def print_table(rows):
+    """Rows of texts, each wrapped within the width of its column."""
+    for row in rows:
+        cells = [textwrap.wrap(text, width) for text, width in zip(row, COLUMNS)]
+        for line in itertools.zip_longest(*cells, fillvalue=""):
+            columns = [text.ljust(width) for text, width in zip(line, COLUMNS)]
+            print("  ".join(columns).rstrip())
+        print()
+
+
+def print_changes(measured):
+    """How much keys move, by the steps left until their position is decoded."""
+    print("KEYS: ||k(s+1) - k(s)|| / ||k(s)||, mean over layers, by certainty prior")
+    means = {name: mean_within(measured.changes, measured.left, *s) for name, s in SPANS.items()}
+    longest = max(mean for name, mean in means.items() if name != "becomes a token")
+    for name, mean in means.items():
+        bar = "#" * min(BAR, round(BAR * mean / longest))
+        print(f"{name:16}{mean:7.1%}  {bar}".rstrip())
+
+
+def print_shares(measured):
+    """Who holds the influence, by certainty prior."""
+    print("\nATTENTION: share of positions and of influence (rollout), by certainty prior")
+    print(" " * 22 + "".join(f"after step {step}".rjust(24) for step in QUARTERS))
+    print(" " * 22 + "".join("positions  influence".rjust(24) for _ in QUARTERS))
+    for kind, row in zip(KINDS, measured.shares.mean(dim=0).unbind(dim=1)):
+        cells = "".join(f"{positions:13.1%}{influence:11.1%}" for positions, influence in row)
+        print(f"{kind:22}{cells}")
+
+
+def print_ends(measured):
+    """When end-of-text is committed, in every order."""
+    print("\nEND OF TEXT: its share of the tokens committed, and the step of the first one")
+    spans = [f"{n + 1}-{n + EIGHTH}" for n in range(0, GEN_LENGTH, EIGHTH)]
+    print("steps".ljust(16) + "".join(head.rjust(8) for head in [*spans, "all", "first"]))
+    for name, seen in measured.items():
+        eos = seen.eos.float()
+        shares = [*eos.unflatten(1, (8, EIGHTH)).mean(dim=(0, 2)), eos.mean()]
+        cells = "".join(f"{share:8.1%}" for share in shares)
+        print(f"{name:16}{cells}{first(seen.eos).float().mean():8.1f}")
+
+
+def print_steps(model, tokenizer, question):
+    """One decode by confidence, a line for each step: how its calculation is cut short."""
+    prompt = encode_prompt(tokenizer, question)
+    P = prompt.shape[1]
+    print("\nSTEP BY STEP, by confidence: what each step commits, and the response after it")
+    print(textwrap.fill(question, 96))
+    print("step  position  token     confidence  # a word, | end-of-text, . masked")
+    for state in decode(model, prompt, GEN_LENGTH, **CONFIDENCE):
+        position = state.fresh[0].int().argmax().item()
+        token = tokenizer.decode([state.tokens[0, position].item()], skip_special_tokens=False)
+        confidence = state.confidence[0, position].item()
+        canvas = sketch(state.tokens[0, P:], state.known[0, P:], model.config.end_ids)
+        print(f"{state.step:4}{position - P:10}  {token.strip():10}{confidence:10.2f}  {canvas}")
+    print("answer:", decode_response(tokenizer, state.tokens[0, P:], model.config.end_ids))
+
+
+def sketch(tokens, known, end_ids):
+    """A response as a line of signs.  2 x (T - P,) -> str"""
+    signs = ""
+    for id, is_known in zip(tokens.tolist(), known.tolist()):
+        if not is_known:
+            signs += "."
+        elif id in end_ids:
+            signs += "|"
+        else:
+            signs += "#"
+    return signs
+
+
+def read_problems(numbers):
+    """(question, answer) of held-out problems."""
+    lines = (HERE / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+    problems = [json.loads(lines[number]) for number in numbers]
+    return [(problem["question"], problem["answer"]) for problem in problems]
+
+
+def report(numbers):
+    """Print the table, what it rests on, and one decode step by step."""
+    model = Transformer.from_pretrained(EMBEDDED_MODEL)
+    tokenizer = load_tokenizer(EMBEDDED_MODEL)
+    problems = read_problems(numbers)
+    measured = {
+        name: measure(model, tokenizer, problems, order) for name, order in ORDERS.items()
+    }
+    print(f"{len(problems)} problems, {len(model.blocks)} layers\n")
+    print_table([("CLAIM", "PAPER, LLaDA-8B", "HERE"), *claims(measured)])
+    print_changes(measured["certainty prior"])
+    print_shares(measured["certainty prior"])
+    print_ends(measured)
+    print_steps(model, tokenizer, SAMPLE)
 
 
 def main():
     torch.set_num_threads(1)  # the matrices are small
-    model, tokenizer = Transformer.from_pretrained(EMBEDDED_MODEL), load_tokenizer(EMBEDDED_MODEL)
-    problems = read_problems(PROBLEMS, CHOSEN.stop)
-    prompts = [encode_prompt(tokenizer, problems[n][0]) for n in CHOSEN]
-    orders = {name: measure(model, prompts, sigma) for name, sigma in ORDERS.items()}
-    print_changes(orders)
-    print_shares(orders["certainty prior"][2])
-    print_ends(orders)
+    report(CHOSEN)
 
 
 if __name__ == "__main__":
