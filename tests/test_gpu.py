@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 from bench import CudaGraphs
-from d2cache import D2Cache, DualCache, PrefixCache, RecomputeAll, generate
+from d2cache import D2Cache, DelayedCache, DualCache, PrefixCache, RecomputeAll, SlidingWindow
+from d2cache import decode, generate
 
 from strategies import ModelSpec
 
@@ -14,14 +15,18 @@ SPEC = dict(n_layers=3, n_kv_heads=2, queries_per_kv_head=2, half_head_dim=16, v
 PROMPT_LENGTH, GEN_LENGTH = 20, 32
 
 
-def decode(model, policy, **arguments):
+EVERY_POLICY = pytest.mark.parametrize(
+    "policy",
+    [RecomputeAll(), PrefixCache(), DualCache(), DelayedCache(), SlidingWindow(), D2Cache(k=4)],
+)
+
+
+def decoded(model, policy, **arguments):
     """Tokens and the confidences of every step, for three prompts."""
-    random, confidences = torch.Generator().manual_seed(1), []
+    random = torch.Generator().manual_seed(1)
     prompt = torch.randint(0, 19, (3, PROMPT_LENGTH), generator=random).cuda()
-    observe = lambda state, chosen: confidences.append(state.confidence)  # noqa: E731
-    return generate(
-        model, prompt, GEN_LENGTH, policy=policy, on_step=observe, **arguments
-    ), confidences
+    states = list(decode(model, prompt, GEN_LENGTH, policy=policy, **arguments))
+    return states[-1].tokens, [state.confidence for state in states]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -31,14 +36,14 @@ def decode(model, policy, **arguments):
 @pytest.mark.parametrize("seed", range(5))
 def test_full_refresh_is_vanilla_bit_for_bit(dtype, arguments, seed):
     model = ModelSpec(**SPEC, seed=seed, dtype=dtype).build().cuda()
-    vanilla, confidences = decode(model, RecomputeAll(), **arguments)
-    refreshed, other = decode(model, D2Cache(k=PROMPT_LENGTH + GEN_LENGTH, p=1), **arguments)
+    vanilla, confidences = decoded(model, RecomputeAll(), **arguments)
+    refreshed, other = decoded(model, D2Cache(k=PROMPT_LENGTH + GEN_LENGTH, p=1), **arguments)
     assert torch.equal(refreshed, vanilla)
     assert all(torch.equal(x, y) for x, y in zip(confidences, other, strict=True))
 
 
 @pytest.mark.parametrize("dream", [False, True])
-@pytest.mark.parametrize("policy", [RecomputeAll(), PrefixCache(), DualCache(), D2Cache(k=4)])
+@EVERY_POLICY
 def test_float64_decodes_to_the_tokens_of_the_cpu(policy, dream):
     """Prompts of different length, tokens committed in parallel, and graphs among it all."""
     model = ModelSpec(**SPEC, seed=0, dream=dream).build()
@@ -49,8 +54,8 @@ def test_float64_decodes_to_the_tokens_of_the_cpu(policy, dream):
     expected = generate(model, prompt, GEN_LENGTH, **settings)
     graphs = CudaGraphs(model.cuda())
     assert torch.equal(generate(model, prompt, GEN_LENGTH, **settings).cpu(), expected)
-    replayed = generate(model, prompt, GEN_LENGTH, graphs=graphs, **settings)
-    assert torch.equal(replayed.cpu(), expected)
+    *_, state = decode(model, prompt, GEN_LENGTH, forward=graphs.recompute, **settings)
+    assert torch.equal(state.tokens.cpu(), expected)
 
 
 def test_sampled_full_refresh_is_vanilla_bit_for_bit():
@@ -58,32 +63,33 @@ def test_sampled_full_refresh_is_vanilla_bit_for_bit():
 
     def sample(policy):
         generator = torch.Generator("cuda").manual_seed(3)
-        return decode(model, policy, temperature=0.7, generator=generator)[0]
+        return decoded(model, policy, temperature=0.7, generator=generator)[0]
 
     everything = D2Cache(k=PROMPT_LENGTH + GEN_LENGTH, p=1)
     assert torch.equal(sample(everything), sample(RecomputeAll()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("policy", [RecomputeAll(), PrefixCache(), DualCache(), D2Cache(k=4)])
+@EVERY_POLICY
 def test_graphs_decode_what_separate_launches_decode(policy, dtype):
     """Also when the graphs, and the cache they know, are used again."""
     model = ModelSpec(**SPEC, seed=4, dtype=dtype).build().cuda()
     graphs = CudaGraphs(model)
-    expected, _ = decode(model, policy, block_length=8)
+    expected, _ = decoded(model, policy, block_length=8)
     for _ in range(2):
-        assert torch.equal(decode(model, policy, block_length=8, graphs=graphs)[0], expected)
+        tokens, _ = decoded(model, policy, block_length=8, forward=graphs.recompute)
+        assert torch.equal(tokens, expected)
 
 
 def test_a_replayed_step_waits_for_the_gpu_once():
     model = ModelSpec(**SPEC, seed=4, dtype=torch.bfloat16).build().cuda()
     graphs, policy = CudaGraphs(model), D2Cache(k=4)
-    decode(model, policy, graphs=graphs)
+    decoded(model, policy, forward=graphs.recompute)
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        decode(model, policy, graphs=graphs)
+        decoded(model, policy, forward=graphs.recompute)
         torch.cuda.set_sync_debug_mode("default")
     waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
     assert GEN_LENGTH <= len(waits) <= GEN_LENGTH + 12  # a few check the prompt
