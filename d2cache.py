@@ -3,12 +3,12 @@
 A step of plain decoding recomputes all T positions of the canvas to commit one token. Here every
 step asks a policy which positions to recompute; all other keys and values come from the cache.
 d2Cache answers with (1) the masked positions about to be decoded, by certainty prior, (2) the known
-positions that carry the attention, by attention rollout, and the positions decoded just before.
+positions that carry the attention, by attention rollout, (3) the positions decoded just before.
 Uncached decoding, prefix cache and dual cache are other answers, so one forward pass and one
 decoding loop serve them all.
 
 Paper: arXiv 2509.23094; equation numbers are its first version's. Shape letters as in model.py:
-B sequences, T positions, P of them prompt, Q recomputed, R of these masked, L layers, V vocabulary.
+B sequences, T positions, P of them prompt, Q recomputed, R of these predicted, L layers.
 """
 
 import argparse
@@ -31,8 +31,9 @@ import torch.nn.functional as F
 def certainty_density(known, sigma, dtype=torch.float32):
     """Share of known positions around each one, in a Gaussian window of sigma positions.  Eq. 3.
 
-    D(i) = sum over known j of exp(-(i - j)^2 / (2 sigma^2)), divided by the mass of the window, its
-    part beyond the canvas too. The paper's sees the whole canvas, the authors' code the response.
+    D(i) = sum over known j of exp(-(i - j)^2 / (2 sigma^2)), divided by the window's mass over all
+    distances that a canvas of T has, -(T - 1) to T - 1: a constant, so it changes no ranking. As in
+    the paper j is any position of the canvas (in the authors' code, of the response).
     (B, T) bool -> (B, T) in [0, 1]
     """
     T = known.shape[1]
@@ -42,7 +43,7 @@ def certainty_density(known, sigma, dtype=torch.float32):
 
     padded = F.pad(known.to(dtype), (reach, reach))
     around = padded.unfold(1, len(window), 1)  # (B, T + 2 reach) -> (B, T, 2 reach + 1)
-    return (around @ window / window.sum()).clamp(max=1)
+    return (around @ window / window.sum()).clamp(max=1)  # round-off may go beyond
 
 
 def certainty_prior(confidence, known, sigma):
@@ -53,20 +54,22 @@ def certainty_prior(confidence, known, sigma):
 def attention_rollout(maps, positions, valid):
     """Influence of each position on the last layer's output: column sums of W_L ... W_1.  Eq. 6-9.
 
-    W_l = rownormalise(A_l + I). Row i of A_l is position i's attention if it was recomputed; every
-    other row of W_l is one-hot. The paper multiplies T x T matrices. But their column sums are all
-    it needs, the row vector 1 W_L ... W_1, so v = 1 is multiplied from the left: v <- v W_l, from
-    the last layer to the first. There position i hands v_i on along its row of W_l: half of it to
-    itself, by I, and half to where it attends, by A_l. A position not recomputed keeps all of it.
+    W_l = rownormalise(A_l + I). Row i of A_l is the attention of position i, if it was recomputed;
+    if not, row i of W_l is that of the identity. The paper multiplies these T x T matrices. Their
+    column sums are all it needs, though: the row vector 1 W_L ... W_1. So start with v = 1 and
+    multiply from the left, v <- v W_l, from the last layer to the first. There position i hands v_i
+    on along row i of W_l: one half stays, by I, the other half goes where it attends, by A_l. A
+    position that was not recomputed keeps all of it.
     maps (L, B, Q, T); positions (B, Q), repeats where not valid.  -> (B, T), rows sum to T
     """
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-    influence = maps.new_ones(maps.shape[1], maps.shape[3])
-    for attention in reversed(maps.unbind()):  # A_l, its recomputed rows: (B, Q, T)
+    influence = maps.new_ones(maps.shape[1], maps.shape[3])  # v
+    for attention in reversed(maps.unbind()):  # the recomputed rows of A_l, (B, Q, T)
         held = influence.gather(1, positions) * valid  # (B, T) -> (B, Q)
-        kept = held / (1 + attention.sum(dim=2))  # by I; rows of A_l sum to 1, but for round-off
-        received = (kept[:, None] @ attention)[:, 0]  # by A_l; (B, Q) -> (B, T)
-        influence = influence.scatter_add(1, positions, kept - held) + received
+        half = held / (1 + attention.sum(dim=2))  # a row of A_l sums to 1, but for round-off
+        received = (half[:, None] @ attention)[:, 0]  # (B, Q) -> (B, T)
+        influence = influence.scatter_add(1, positions, half - held)  # the other half leaves
+        influence = influence + received
     return influence
 
 
@@ -79,18 +82,23 @@ def nucleus(score, p, among):
     if p == 1:  # not left to sums: round-off would lose the tail
         return among
 
-    ranked, order = score.masked_fill(~among, -1).sort(dim=1, descending=True, stable=True)
+    score = score.masked_fill(~among, -1)  # the others rank last
+    ranked, order = score.sort(dim=1, descending=True, stable=True)
     mass = ranked.clamp(min=0).cumsum(dim=1)  # of each rank and those above it
     mass_above = F.pad(mass[:, :-1], (1, 0))
     inside = (mass_above <= p * mass[:, -1:]) & (ranked > 0)
-    inside[:, 0] = True
+    inside[:, 0] = True  # one, even if all scores are zero
     return torch.zeros_like(among).scatter(1, order, inside) & among  # from ranks to positions
 
 
 def highest(score, among, n):
-    """The n positions `among` some of highest score, of equals the first; n int or (B, 1)."""
-    order = score.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = order.argsort(dim=1)  # of each position; 0 is the highest score's
+    """Of the positions `among`, the n of highest score; of equal ones the first.  n int or (B, 1)
+
+    score (B, T), finite; among (B, T) bool -> (B, T) bool
+    """
+    score = score.masked_fill(~among, -torch.inf)
+    order = score.argsort(dim=1, descending=True, stable=True)  # rank -> position
+    rank = order.argsort(dim=1)  # the inverse: position -> rank, 0 for the highest
     return among & (rank < n)
 
 
@@ -99,17 +107,21 @@ def highest(score, among, n):
 
 @dataclass(frozen=True)
 class State:
-    """The canvas between two steps: all that a policy may look at. Tensors are (B, T)."""
+    """The canvas between two steps: all that a policy may look at. Tensors are (B, T).
+
+    `fresh`, `chosen` and `influence` are about the last step, the one that made this state; `block`
+    is about the next one.
+    """
 
     tokens: torch.Tensor  # [MASK] where masked, and wherever the prompt holds one
     known: torch.Tensor  # prompt or decoded, whatever the token is
-    fresh: torch.Tensor  # decoded by the step that made this state: its key still says [MASK]
-    confidence: torch.Tensor  # of masked positions, when they were last predicted. Eq. 1
+    fresh: torch.Tensor  # decoded in the last step: the cached key and value still say [MASK]
+    confidence: torch.Tensor  # of the token predicted last; decoded positions keep theirs. Eq. 1
     influence: torch.Tensor  # attention rollout of the last step, if the policy uses it
-    block: torch.Tensor  # each sequence's first block with a masked position; none if finished
+    block: torch.Tensor  # being decoded: the first with a masked position; nothing if finished
     step: int  # steps done
     padding: torch.Tensor | None = None  # before short prompts: neither known nor masked
-    chosen: torch.Tensor | None = None  # recomputed by the step that made this state, if any did
+    chosen: torch.Tensor | None = None  # recomputed in the last step; None before the first
 
     @property
     def masked(self):
@@ -120,14 +132,15 @@ class State:
 
     @property
     def block_starts(self):
-        """Sequences with no token of their block decoded yet.  (B, 1) bool"""
+        """Sequences with no token of their block decoded yet; finished ones too.  (B, 1) bool"""
         return ~(self.block & self.known).any(dim=1, keepdim=True)
 
 
-# A policy has `choose`, from a State to the positions to recompute, (B, T) bool. Of every sequence
-# that is not finished it must choose a masked position of the block. The first step recomputes
-# everything without asking. What is chosen in padding or in a finished sequence, which has no
-# block, is ignored; once, at the end, all sequences are finished.
+# A policy has two things: `choose`, from a State to the positions to recompute, (B, T) bool, and
+# `uses_attention`, whether it looks at state.influence. In every sequence that is not finished it
+# must choose a masked position of the block. The first step recomputes everything without asking.
+# What is chosen in padding, or in a finished sequence, is ignored. It may have a `recompute` of its
+# own, which takes the place of the function below.
 
 
 @dataclass(frozen=True)
@@ -163,7 +176,7 @@ class DualCache:
 
 @dataclass(frozen=True)
 class DelayedCache:
-    """dKV-Cache-Decode, arXiv 2505.15781: every masked position, and each token once decoded.
+    """dKV-Cache-Decode, arXiv 2505.15781: every masked position, and the fresh ones.
 
     Everything in a block's first two steps, and whenever `interval` more of its tokens are decoded.
     """
@@ -176,14 +189,15 @@ class DelayedCache:
 
     def choose(self, state):
         decoded = (state.block & state.known).sum(dim=1, keepdim=True)
-        before = decoded - (state.block & state.fresh).sum(dim=1, keepdim=True)
-        refresh = (before == 0) | (decoded // self.interval > before // self.interval)
-        return refresh | state.masked | state.fresh
+        decoded_before = decoded - (state.block & state.fresh).sum(dim=1, keepdim=True)
+        first_two = decoded_before == 0
+        due = decoded // self.interval > decoded_before // self.interval
+        return first_two | due | state.masked | state.fresh
 
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """The plainest control, ours: the first `width` masked positions of the block, the fresh ones."""
+    """The plainest control, ours: the block's first `width` masked positions, and the fresh ones."""
 
     width: int = 4
     uses_attention = False
@@ -193,7 +207,8 @@ class SlidingWindow:
 
     def choose(self, state):
         to_decode = state.block & state.masked
-        return to_decode & (to_decode.cumsum(dim=1) <= self.width) | state.fresh
+        window = to_decode & (to_decode.cumsum(dim=1) <= self.width)
+        return window | state.fresh
 
 
 @dataclass(frozen=True)
@@ -216,8 +231,8 @@ class D2Cache:
         """Stage 1, Eq. 4: the k masked positions of highest prior, those of the block first."""
         prior = certainty_prior(state.confidence, state.known, self.sigma)
         inside = highest(prior, state.masked & state.block, self.k)
-        left = self.k - inside.sum(dim=1, keepdim=True)
-        return inside | highest(prior, state.masked & ~state.block, left)
+        remaining = self.k - inside.sum(dim=1, keepdim=True)
+        return inside | highest(prior, state.masked & ~state.block, remaining)
 
     def attended(self, state):
         """Stage 2, Eq. 9: the nucleus of influence among prompt and decoded positions."""
@@ -228,19 +243,16 @@ class D2Cache:
 
 
 def choose_positions(policy, state, shifted):
-    """The positions recomputed in this step, and the masked ones among them.  2 x (B, T) bool
+    """The positions recomputed in this step, and those of them predicted.  2 x (B, T) bool
 
-    With `shifted` logits, Dream's, the row before a masked position predicts it: that one too.
+    Predicted are the masked ones that the policy chose. With `shifted` logits, Dream's, the row
+    before each of them is recomputed too: it makes the prediction.
     """
     if state.step == 0:
         chosen = torch.ones_like(state.known)
     else:
         chosen = policy.choose(state)
-    shape = tuple(state.known.shape)
-    said = f"policy {type(policy).__name__} chose a {type(chosen).__name__}"
-    require(torch.is_tensor(chosen), f"{said}, should be a {shape} tensor of booleans")
-    said = f"{said} {tuple(chosen.shape)} {chosen.dtype}, should be {shape} torch.bool"
-    require(chosen.dtype == torch.bool and chosen.shape == shape, said)
+    check_choice(policy, chosen, tuple(state.known.shape))
 
     unfinished = state.block.any(dim=1, keepdim=True)
     chosen = chosen & unfinished & (state.known | state.masked)
@@ -250,30 +262,43 @@ def choose_positions(policy, state, shifted):
     return chosen, predicted
 
 
-def count_rows(policy, state, chosen, predicted):
-    """Q and R: the most positions that any sequence recomputes, and predicts.
+def check_choice(policy, chosen, shape):
+    """ValueError unless what a policy chose is a mask of the canvas."""
+    said = f"policy {type(policy).__name__} chose a {type(chosen).__name__}"
+    require(torch.is_tensor(chosen), f"{said}, should be a {shape} tensor of booleans")
+    said = f"{said} {tuple(chosen.shape)} {chosen.dtype}, should be {shape} torch.bool"
+    require(chosen.dtype == torch.bool and chosen.shape == shape, said)
 
-    The one transfer from device to host in a step; so it also tells whether the logits that made
+
+def count_and_check(policy, state, chosen, predicted):
+    """Q and R: the most positions that any sequence recomputes, and predicts, in this step.
+
+    The one transfer from device to host in a step. So it also tells whether the logits that made
     `state` were finite, and whether the policy keeps its contract. ValueError if not.
     """
-    Q = chosen.sum(dim=1).max()
-    R = predicted.sum(dim=1).max()
-    finite = ~state.confidence.isnan().any()  # see `predict`
-    advances = (predicted & state.block).any(dim=1) | ~state.block.any(dim=1)
-    Q, R, finite, advances = torch.stack([Q, R, finite, advances.all()]).tolist()
+    candidate = (predicted & state.block).any(dim=1)
+    finished = ~state.block.any(dim=1)
+    numbers = [
+        chosen.sum(dim=1).max(),
+        predicted.sum(dim=1).max(),
+        ~state.confidence.isnan().any(),  # NaN marks logits that were not finite: see `predict`
+        (candidate | finished).all(),
+    ]
+    Q, R, finite, lawful = torch.stack(numbers).tolist()
 
     said = "NaN or infinite weights, or numbers too large for their dtype"
     require(finite, f"the logits of step {state.step} are not finite: {said}")
     said = f"policy {type(policy).__name__} chose no masked position of an unfinished block"
-    require(advances, f"{said} in step {state.step + 1}")
+    require(lawful, f"{said} in step {state.step + 1}")
     return Q, R
 
 
 def pack(chosen, predicted, Q):
-    """Chosen positions as rows of equal length, the predicted ones first.  2 x (B, T) -> 2 x (B, Q)
+    """Chosen positions in Q rows for each sequence, the predicted ones first: R rows get logits.
 
-    A sequence that chose fewer than Q repeats its first position, where it is not valid: to compute
-    a position twice gives the same keys and values. A finished sequence repeats position 0.
+    A sequence with fewer than Q repeats its first position in the rows that are left, which are not
+    valid: to compute a position twice gives the same keys and values. A finished sequence repeats
+    position 0.  2 x (B, T) bool -> positions (B, Q), valid (B, Q) bool
     """
     priority = chosen.int() + predicted.int()  # predicted 2, only recomputed 1
     order = priority.argsort(dim=1, descending=True, stable=True)[:, :Q]
@@ -284,20 +309,26 @@ def pack(chosen, predicted, Q):
 def unpack(packed, predicted):
     """What `pack` put into the first R rows, back at the predicted positions.  (B, R) -> (B, T)
 
-    Elsewhere stands some value of the sequence.
+    At other positions the values mean nothing.
     """
     row = (predicted.cumsum(dim=1) - 1).clamp(min=0)
     return packed.gather(1, row)
 
 
 def rows_before(hidden, positions, valid, R, T):
-    """For the first R positions, the row of position - 1; 0 has its own.  (B, Q, C) -> (B, R, C)"""
+    """Dream: the hidden states that predict the first R positions.  (B, Q, C) -> (B, R, C)
+
+    They stand in the row of position - 1; position 0 is predicted by its own.
+    """
     B, Q, C = hidden.shape
     row = torch.arange(Q, device=hidden.device).expand(B, Q)
-    row = row.where(valid, 0)  # repeats stand for the first row
-    row_of = torch.zeros(B, T, dtype=row.dtype, device=row.device).scatter(1, positions, row)
+    row = row.where(valid, 0)  # a repeat is a copy of row 0
+    row_of = torch.zeros(B, T, dtype=row.dtype, device=row.device)  # position -> row
+    row_of = row_of.scatter(1, positions, row)
+
     before = (positions[:, :R] - 1).clamp(min=0)
-    return hidden.gather(1, row_of.gather(1, before)[:, :, None].expand(B, R, C))
+    wanted = row_of.gather(1, before)  # (B, R)
+    return hidden.gather(1, wanted[:, :, None].expand(B, R, C))
 
 
 def recompute(model, cache, R, uses_attention, tokens, positions, valid, padding):
@@ -318,13 +349,15 @@ def recompute(model, cache, R, uses_attention, tokens, positions, valid, padding
 def predict(logits, config, temperature=0.0, generator=None):
     """Probability (Eq. 1) and id of each row's token.  (B, R, V) -> 2 x (B, R)
 
-    The likeliest one, or one drawn from softmax(logits / temperature) by Gumbel noise, in float64
-    as in LLaDA. [MASK] and ids without a token are never it, but keep their share of probability.
-    Where logits are not all finite the probability is NaN.
+    The likeliest token, or one drawn from softmax(logits / temperature). [MASK] and ids without a
+    token are never predicted, but keep their share of probability. The probability is that of
+    temperature 1; NaN if the logits of the row are not all finite.
     """
     score = logits
-    if temperature > 0:
-        exact = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has no other
+    if temperature > 0:  # Gumbel: the arg-max of logits - temperature log(-log u) is such a draw
+        exact = torch.float64  # as LLaDA does
+        if logits.device.type == "mps":
+            exact = torch.float32  # has no float64
         noise = torch.empty_like(logits, dtype=exact).uniform_(generator=generator)
         score = logits - temperature * torch.log(-torch.log(noise))
 
@@ -339,7 +372,11 @@ def predict(logits, config, temperature=0.0, generator=None):
 
 
 def unmask(state, predicted, confidence, sigma, tokens_per_step, threshold):
-    """Which of the positions just predicted to commit: in the block, the best.  -> (B, T) bool"""
+    """Which predicted positions of the block to commit.  -> (B, T) bool
+
+    The tokens_per_step of highest confidence, or of highest certainty prior if there is a sigma;
+    and all whose confidence reaches the threshold, if there is one.
+    """
     score = confidence
     if sigma is not None:
         score = certainty_prior(confidence, state.known, sigma)
@@ -360,13 +397,13 @@ def end_at_eos(state, config, prompt_length):
         ends = ends | (state.tokens == id)
     ends = ends & (state.masked.cumsum(dim=1) == 0)  # everything up to here is decoded
     ends[:, :prompt_length] = False
-    behind = F.pad(ends.cumsum(dim=1)[:, :-1] > 0, (1, 0))
+    after_end = F.pad(ends.cumsum(dim=1)[:, :-1] > 0, (1, 0))
 
     return replace(
         state,
-        tokens=state.tokens.masked_fill(behind, config.eos_token_id),
-        known=state.known | behind,
-        fresh=state.fresh | (behind & state.masked),
+        tokens=state.tokens.masked_fill(after_end, config.eos_token_id),
+        known=state.known | after_end,
+        fresh=state.fresh | (after_end & state.masked),
     )
 
 
@@ -377,16 +414,18 @@ def current_block(masked, block_length, prompt_length):
     """Each sequence's first block of the response with a masked position.  (B, T) -> (B, T) bool"""
     blocks = masked[:, prompt_length:].unflatten(1, (-1, block_length))
     unfinished = blocks.any(dim=2)  # (B, blocks)
-    first = unfinished & (unfinished.cumsum(dim=1) == 1)
+    first = unfinished & (unfinished.cumsum(dim=1) == 1)  # the count is 1 until the second
     return F.pad(first.repeat_interleave(block_length, dim=1), (prompt_length, 0))
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_prompt(prompt, prompt_mask, gen_length, config):
     """ValueError unless prompt and mask fit, and leave room for gen_length tokens."""
     require(torch.is_tensor(prompt), f"prompt is {type(prompt)}, should be (B, P) integers")
     shape = tuple(prompt.shape)
-    integers = not prompt.is_floating_point() and prompt.dtype != torch.bool
-    fits = integers and len(shape) == 2 and shape[0] > 0
+    fits = prompt.dtype in INTEGERS and len(shape) == 2 and shape[0] > 0
     require(fits, f"prompt is {shape} {prompt.dtype}, should be (B, P) integers")
 
     ids = prompt.long()
@@ -394,11 +433,14 @@ def check_prompt(prompt, prompt_mask, gen_length, config):
     wrong = ids[~valid].tolist()
     require(not wrong, f"prompt holds ids {wrong[:5]}, should be 0 to {config.vocab_size - 1}")
 
-    most = config.max_sequence_length - shape[1]
-    said = f"gen_length is {gen_length} after a prompt of {shape[1]}, should be from 1 to {most}"
-    require(isinstance(gen_length, int) and 1 <= gen_length <= most, said)
+    T = config.max_sequence_length
+    room = T - shape[1]
+    require(room >= 1, f"prompt has {shape[1]} tokens, should leave room for more: T is up to {T}")
+    said = f"gen_length is {gen_length} after a prompt of {shape[1]}, should be from 1 to {room}"
+    require(isinstance(gen_length, int) and 1 <= gen_length <= room, said)
 
     if prompt_mask is not None:
+        require(torch.is_tensor(prompt_mask), f"prompt_mask is {type(prompt_mask)}, no tensor")
         real = prompt_mask.bool()
         padded_left = real.shape == prompt.shape and (real[:, 1:] >= real[:, :-1]).all()
         said = f"prompt_mask {tuple(real.shape)} should be {shape}, in each row zeros (padding),"
@@ -407,22 +449,24 @@ def check_prompt(prompt, prompt_mask, gen_length, config):
 
 def check_settings(gen_length, block_length, tokens_per_step, policy, sigma, threshold):
     """ValueError, with the value and what would be right, for settings of `decode` out of range."""
-    divides = isinstance(block_length, int) and block_length >= 1 and gen_length % block_length == 0
-    require(divides, f"block_length is {block_length}, should divide gen_length {gen_length}")
+    whole = isinstance(block_length, int) and block_length >= 1
+    said = f"block_length is {block_length}, should divide gen_length {gen_length}"
+    require(whole and gen_length % block_length == 0, said)
 
-    counts = isinstance(tokens_per_step, int) and tokens_per_step >= 1
-    require(counts, f"tokens_per_step is {tokens_per_step}, should be at least 1")
+    whole = isinstance(tokens_per_step, int) and tokens_per_step >= 1
+    require(whole, f"tokens_per_step is {tokens_per_step}, should be at least 1")
 
-    chooses = hasattr(policy, "choose") and not isinstance(policy, type)
-    require(chooses, f"policy is {policy!r}, should be an object like DualCache()")
+    chooses = hasattr(policy, "choose") and hasattr(policy, "uses_attention")
+    said = f"policy is {policy!r}, should be an object like DualCache(), with choose and"
+    require(chooses and not isinstance(policy, type), f"{said} uses_attention")
 
     require(sigma is None or sigma > 0, f"sigma is {sigma}, should be above 0")
-    share = threshold is None or 0 <= threshold <= 1
-    require(share, f"threshold is {threshold}, should be from 0 to 1, or None")
+    in_range = threshold is None or 0 <= threshold <= 1
+    require(in_range, f"threshold is {threshold}, should be from 0 to 1, or None")
 
 
 def check_sampling(temperature, generator, device):
-    """The same for the two that draw tokens."""
+    """ValueError unless temperature and generator can draw tokens on the device."""
     require(0 <= temperature < math.inf, f"temperature is {temperature}, should be at least 0")
     if temperature > 0:
         said = f"generator is {generator} at temperature {temperature}, should be a torch.Generator"
@@ -434,12 +478,12 @@ def blank_canvas(model, prompt, prompt_mask, gen_length):
     """The state before the first step, on the model's device; its block is still empty."""
     weight = model.wte.weight
     prompt = prompt.to(weight.device).long()
-    real = torch.ones_like(prompt, dtype=torch.bool)
+    not_padding = torch.ones_like(prompt, dtype=torch.bool)
     if prompt_mask is not None:
-        real = prompt_mask.to(weight.device).bool()
+        not_padding = prompt_mask.to(weight.device).bool()
 
-    known = F.pad(real, (0, gen_length), value=False)
-    padding = F.pad(~real, (0, gen_length), value=False)
+    known = F.pad(not_padding, (0, gen_length), value=False)
+    padding = F.pad(~not_padding, (0, gen_length), value=False)
     wide = torch.promote_types(weight.dtype, torch.float32)
     zeros = torch.zeros(known.shape, device=weight.device, dtype=wide)
     return State(
@@ -472,16 +516,20 @@ def decode(
 ):
     """Decode gen_length tokens after each prompt, (B, P) integers: yields the State of every step.
 
-    Each step recomputes what `policy` chooses. Of the masked positions among these it commits the
-    tokens_per_step best of each sequence's block: by confidence, or by certainty prior if sigma is
-    given; with a threshold, as in Fast-dLLM, also every one whose confidence reaches it. Blocks of
-    block_length positions are decoded from left to right (None: the response is one block).
-    Short prompts are padded on the left, where prompt_mask (B, P) is 0: a sequence decodes alone as
-    in company. stop_at_eos makes all behind a response's first end token EOS once all before it is
-    decoded. A temperature above 0 draws tokens with `generator`, one for the batch. `forward` takes
-    the place of `recompute`: bench.py replays CUDA graphs there.
-    Raises ValueError for arguments out of range, before the first step; for a policy that breaks
-    its contract; and for logits that are not finite.
+    A step recomputes the positions that `policy` chooses, and predicts the masked ones of these. Of
+    the predicted positions in each sequence's block it commits the tokens_per_step best ones.
+
+    block_length     positions of a block; blocks are decoded from left to right (None: one block)
+    sigma            best is by certainty prior with this sigma (None: by confidence)
+    threshold        commit every predicted position of this confidence too, as Fast-dLLM does
+    prompt_mask      (B, P), 0 where a short prompt is padded on the left; without sampling, each
+                     sequence decodes as it does alone
+    stop_at_eos      once all before a response's first end token is decoded, all after it is EOS
+    temperature      above 0: draw tokens, with `generator`, a torch.Generator for the whole batch
+    forward          in place of `recompute`: bench.py replays CUDA graphs there
+
+    Raises ValueError for arguments out of range, when the first state is asked for; for a policy
+    that breaks its contract; and for logits that are not finite.
     """
     if block_length is None:
         block_length = gen_length
@@ -491,13 +539,13 @@ def decode(
     check_sampling(temperature, generator, weight.device)
 
     P = prompt.shape[1]
-    forward = getattr(policy, "recompute", forward)  # which may decide more inside the pass
+    forward = getattr(policy, "recompute", forward)  # a policy's own goes first
     state = blank_canvas(model, prompt, prompt_mask, gen_length)
     cache = KVCache(model.config, *state.tokens.shape, weight.device, weight.dtype)
     while True:
         state = replace(state, block=current_block(state.masked, block_length, P))
         chosen, predicted = choose_positions(policy, state, model.config.shifted)
-        Q, R = count_rows(policy, state, chosen, predicted)
+        Q, R = count_and_check(policy, state, chosen, predicted)
         if state.step > 0:
             yield state  # no sooner: only now it is known that its logits were finite
         if Q == 0:  # every sequence is finished
@@ -519,7 +567,7 @@ def decode(
             known=state.known | commit,
             fresh=commit,
             confidence=confidence,
-            influence=influence.where(state.block.any(dim=1, keepdim=True), state.influence),
+            influence=influence.where(chosen.any(dim=1, keepdim=True), state.influence),
             step=state.step + 1,
             chosen=chosen,
         )
@@ -603,7 +651,7 @@ def load_policy(text):
     sys.modules[spec.name] = module  # dataclasses look themselves up there
     try:
         spec.loader.exec_module(module)
-        policy = eval(call, vars(module))  # code of the same author as the file's
+        policy = eval(call, vars(module))  # to be trusted as much as the file itself
         if isinstance(policy, type):
             policy = policy()
     except Exception as error:
@@ -614,10 +662,11 @@ def load_policy(text):
 
 
 def roles(before, state):
-    """Why a step recomputed which positions, and what it decoded.  -> {name: (B, T) bool}
+    """The reason for each recomputed position, and what was decoded.  -> {name: (B, T) bool}
 
-    `before` is the state that the step started from, None for the first. "attended" are the known
-    positions, for whatever reason: the prompt in a full refresh, Dream's rows before a masked one.
+    `before` is the state that the step started from, None for the first. "candidates" are all
+    recomputed positions that were masked, "attended" those known for longer than a step: in a full
+    refresh the whole prompt, and for Dream the rows that were recomputed to predict the next one.
     """
     committed = state.fresh
     candidates = state.chosen & (state.masked | committed)
@@ -759,7 +808,8 @@ def run(args):
 def decode_arguments(args):
     """Arguments of `decode` for the policy, the order and the sampling that the command line names.
 
-    A policy of one's own decodes in d2Cache's order; in blocks, the order is that of confidence.
+    A policy from a file commits by certainty prior, as d2Cache does. With --block-length every
+    policy commits by confidence.
     """
     ours = settings(args.gen_length)
     if args.policy in ours:
