@@ -46,7 +46,7 @@ class DLLMCache:
         """Room for what passes leave behind. The first one recomputes, and predicts, everything."""
         L, B, T = cache.k.shape[:3]
         require(positions.shape[1] > R, "a DLLMCache is in two decodes, should be in one at a time")
-        self.step = 0
+        self.recomputed = []
         self.cache = cache  # of k and v; beside them, of every layer and position:
         self.attended = cache.k.new_zeros(L, B, T, C)  # what attention adds to x
         self.gated = cache.k.new_zeros(L, B, T, C)  # what the MLP adds
@@ -56,18 +56,18 @@ class DLLMCache:
     def recompute(self, model, cache, R, uses_attention, tokens, positions, valid, padding):
         """In place of d2cache.recompute: logits (B, R, V), and no influence.
 
-        What remains of the pass to be looked at: `recomputed`, the share of the layers in which each
-        position was, (B, T), the values apart.
+        For who watches the decode: `recomputed`, of every pass the share of the layers in which a
+        position was, (B, T), its values apart; of the last one `rows`, (L, B, T).
         """
         if cache is not self.cache:
             self.begin(cache, R, positions, model.config.d_model)
+        self.step = len(self.recomputed)
         self.rows = self.response.new_zeros(len(model.blocks), *tokens.shape)  # (L, B, T)
         x = model.wte(tokens)
         for layer in range(len(model.blocks)):
             x = self.one_layer(model, layer, x, padding)
-        self.step += 1
         self.rows &= valid.any(dim=1, keepdim=True)  # what a finished sequence does is for nothing
-        self.recomputed = self.rows.float().mean(dim=0)
+        self.recomputed.append(self.rows.float().mean(dim=0))
 
         sequences = torch.arange(len(tokens), device=tokens.device)[:, None]
         hidden = x[sequences, positions]  # (B, T, C) -> (B, Q, C)

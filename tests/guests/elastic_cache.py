@@ -62,14 +62,16 @@ class ElasticCache:
         self.masked.scatter_(1, positions[:, :R], True)
         self.real = torch.ones_like(self.masked) if padding is None else ~padding
         self.watched = torch.zeros_like(self.masked)
+        self.recomputed = []
         complete = positions.shape[1] == self.real.sum(dim=1).max()
         require(complete, "an ElasticCache is in two decodes, should be in one at a time")
 
     def recompute(self, model, cache, R, uses_attention, tokens, positions, valid, padding):
         """In place of d2cache.recompute: logits (B, R, V), zeros where not in W; no influence.
 
-        What remains of the pass to be looked at: `recomputed`, the share of the layers in which each
-        position was, (B, T), and `similarity`, (L, B), nan where it was not tested.
+        For who watches the decode: `recomputed`, of every pass the share of the layers in which a
+        position was, (B, T); of the last one `rows`, (L, B, T), and `similarity`, (L, B), nan where
+        it was not tested.
         """
         if cache is not self.cache:
             config = model.config
@@ -82,7 +84,7 @@ class ElasticCache:
         for b in valid.any(dim=1).nonzero()[:, 0].tolist():  # each drifts by itself
             watched[b] = self.one_pass(model, b, positions[b, valid[b]])
         self.watched = watched
-        self.recomputed = self.rows.float().mean(dim=0)
+        self.recomputed.append(self.rows.float().mean(dim=0))
 
         sequences = torch.arange(len(tokens), device=tokens.device)[:, None]
         hidden = self.x[-1][sequences, positions]  # (B, T, C) -> (B, Q, C)
@@ -91,15 +93,17 @@ class ElasticCache:
         predicted = self.window.gather(1, positions[:, :R])  # in the first pass there are more
         return model.head(hidden[:, :R]).where(predicted[:, :, None], 0), None
 
-    def one_pass(self, model, b, rows):
-        """All layers of sequence b, from the rows (n,) asked for.  -> its next M, (T,) bool"""
+    def one_pass(self, model, b, asked):
+        """All layers of sequence b, from the rows asked for, (n,), on.  -> its next M, (T,) bool"""
+        rows = asked
         real = self.real[b]
         known = real & ~self.masked[b]
         watched = torch.zeros_like(known)
         drifted = False
         for layer, block in enumerate(model.blocks):
             if drifted:
-                rows = real.nonzero()[:, 0]  # most of their x are from the cache, at first
+                others = real & ~self.rows[0, b]  # first from the x that is in the cache
+                rows = torch.cat([asked, others.nonzero()[:, 0]])
             self.rows[layer, b, rows] = True
 
             before = self.attention(layer, b, self.watched[b])  # A0
