@@ -375,7 +375,6 @@ def read_config(path):
     ours = {name: values.get(key) for name, key in keys.items()}
     ours["model_type"] = model_type
     ours["rope_theta"] = rope_theta(path, values)
-    ours["other_end_ids"] = ()
     if "hidden_size" in values:
         ours["include_qkv_bias"] = qkv_bias(path, values, model_type)
 
@@ -384,23 +383,33 @@ def read_config(path):
         ours["vocab_size"] = min(ours["vocab_size"], 1 + max(ids.values()))
     if ours["mask_token_id"] is None:
         ours["mask_token_id"] = mask_token_id(path.parent, ids, model_type)
-    ends = end_ids(path, values, ids)
+    ends = end_ids(path, values)
     ours["eos_token_id"] = ends[0] if ends else None
+    ours["other_end_ids"] = None  # it needs the size of the embedding, checked first
 
+    config = make_config(path, ours, keys)
+    head_dim = values.get("head_dim")
+    said = f"{path}: head_dim is {shown(head_dim)}, but only {config.head_dim} is implemented"
+    require(head_dim in (None, config.head_dim), said)
+
+    turns = [ids[token] for token in END_OF_TURN if token in ids]
+    others = dict.fromkeys(id for id in [*ends, *turns] if id < config.embedding_size)
+    return replace(config, other_end_ids=tuple(id for id in others if id != config.eos_token_id))
+
+
+def make_config(path, ours, keys):
+    """The Config of values under our names (None: absent); a message names those of the file."""
     given = {name: value for name, value in ours.items() if value is not None}
     needed = [f.name for f in fields(Config) if f.default is MISSING]
     missing = dict.fromkeys(keys[name] for name in needed if name not in given)
     require(not missing, f"{path}: missing keys {list(missing)}")
     try:
-        config = Config(**given)
+        return Config(**given)
     except ValueError as error:
-        raise ValueError(f"{path}: {in_words_of_the_file(error, keys)}") from error
-
-    head_dim = values.get("head_dim")
-    said = f"{path}: head_dim is {shown(head_dim)}, but only {config.head_dim} is implemented"
-    require(head_dim in (None, config.head_dim), said)
-    others = tuple(id for id in ends[1:] if id < config.embedding_size)  # the rest cannot come out
-    return replace(config, other_end_ids=others)
+        message = str(error)
+        for name, key in keys.items():
+            message = message.replace(name, key)
+        raise ValueError(f"{path}: {message}") from error
 
 
 def refuse_what_is_not_implemented(path, values):
@@ -457,8 +466,8 @@ def mask_token_id(folder, ids, model_type):
     return ids.get(token) if isinstance(token, str) else None
 
 
-def end_ids(path, values, ids):
-    """All ids that end an answer: of config.json, generation_config.json, the tokenizer's turns."""
+def end_ids(path, values):
+    """The ids that end an answer, as config.json and generation_config.json list them."""
     sources = {path: values}
     generation = path.parent / "generation_config.json"
     if generation.exists():
@@ -471,16 +480,7 @@ def end_ids(path, values, ids):
         right = all(id is None or type(id) is int and id >= 0 for id in listed)
         require(right, f"{file}: eos_token_id is {shown(eos)}, should be ids")
         found += listed
-    found += [ids.get(token) for token in END_OF_TURN]
-    return [id for id in dict.fromkeys(found) if id is not None]
-
-
-def in_words_of_the_file(error, keys):
-    """The message of a Config under the keys that the file has."""
-    message = str(error)
-    for ours, key in keys.items():
-        message = message.replace(ours, key)
-    return message
+    return [id for id in found if id is not None]
 
 
 def load_model(path_or_repo_id, device, dtype, revision):
@@ -495,21 +495,21 @@ def load_model(path_or_repo_id, device, dtype, revision):
     stored = stored_tensors(folder)
     dtypes = sorted({tensor.dtype for tensor in stored.values()}, key=str)
     said = f"{folder}: mixes {dtypes}, choose the dtype to convert all to (--dtype)"
-    require(dtype is not None or len(dtypes) <= 1, said)
+    require(dtype is not None or len(dtypes) == 1, said)
     require_device(device, dtype or dtypes[0])
 
     require_sizes_within(folder, config, stored)
     with torch.device("meta"):
         model = Transformer(config)
     require_fit(folder, model, stored)
+
     tensors = read_tensors(stored, device, dtype)
     if config.weight_tying and HEAD in tensors:
         same = torch.equal(tensors.pop(HEAD), tensors[PREFIX + "wte.weight"])
         said = f"{folder}: the embedding is the head too, says config.json, but the files hold a"
         require(same, f"{said} head unlike it, {stored[HEAD].name}")
-    model.load_state_dict(
-        {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, assign=True
-    )
+    parameters = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    model.load_state_dict(parameters, assign=True)
     return model.requires_grad_(False)
 
 

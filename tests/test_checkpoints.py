@@ -629,6 +629,12 @@ def test_the_tokenizers_end_of_turn_ends_an_answer(tmp_path, token):
     assert Config.from_json(tmp_path / "config.json").end_ids == (0, 2)
 
 
+def test_an_end_of_turn_is_no_end_of_sequence(tmp_path):
+    write_json(tmp_path / "config.json", TINY | {"eos_token_id": None})
+    write_words(tmp_path, ["a", "<|eot_id|>"])
+    assert refusal(tmp_path).endswith("missing keys ['eos_token_id']")
+
+
 def test_an_end_of_turn_that_no_logit_stands_for_is_none(tmp_path):
     write_json(write_qwen2(tmp_path) / "config.json", TINY)
     assert Config.from_json(tmp_path / "config.json").end_ids == (0,)
