@@ -721,7 +721,8 @@ def load_tokenizer(path_or_repo_id, revision=None):
 
 def qwen2_tokenizer(folder):
     """Byte-level BPE of vocab.json and merges.txt, and the added tokens."""
-    file = folder / "merges.txt"
+    vocabulary, file = folder / "vocab.json", folder / "merges.txt"
+    require(vocabulary.exists(), f"neither it nor {vocabulary.name} is there")
     require_no_pointer(file)
     merges = []
     for line in file.read_text(encoding="utf-8").split("\n"):
@@ -730,7 +731,7 @@ def qwen2_tokenizer(folder):
             require(len(pair) == 2, f"{file}: {shown(line)} should be two tokens to merge")
             merges.append(pair)
 
-    tokenizer = Tokenizer(models.BPE(read_json(folder / "vocab.json"), merges))
+    tokenizer = Tokenizer(models.BPE(read_json(vocabulary), merges))
     tokenizer.normalizer = normalizers.NFC()
     words = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

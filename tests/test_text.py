@@ -46,6 +46,11 @@ def test_a_tokenizer_is_the_one_of_the_file(tmp_path):
     assert load_tokenizer(tmp_path).get_vocab() == {"[UNK]": 0, "moon": 1, "rises": 2}
 
 
+def test_a_folder_without_any_tokenizer_is_said_to_have_none(tmp_path):
+    said = "no readable tokenizer (neither it nor vocab.json is there)"
+    assert refusal(tmp_path, load_tokenizer) == f"{tmp_path / 'tokenizer.json'}: {said}"
+
+
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff\xfe"])
 def test_a_missing_or_corrupt_tokenizer_is_named(tmp_path, content):
     file = tmp_path / "tokenizer.json"
