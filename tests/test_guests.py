@@ -59,7 +59,7 @@ def tiny():
 
 
 def watch(model, policy, arguments, names):
-    """The state after each step, and what the policy's attributes `names` were then.  -> (S, ...)"""
+    """The state after each step, and what the attributes `names` of the policy were: (S, ...)."""
     states = []
     seen = {name: [] for name in names}
     for state in decode(model, policy=policy, **arguments):
@@ -261,15 +261,11 @@ def test_dllm_cache_with_both_intervals_1_is_vanilla(spec, data):
 
 @EVERY_GUEST
 @given(spec=model_specs(), data=st.data(), stop_at_eos=st.booleans())
-def test_with_a_guest_too_a_sequence_decodes_alone_as_in_company(
-    policies, spec, data, stop_at_eos
-):
+def test_a_sequence_decodes_with_a_guest_alone_as_in_company(policies, spec, data, stop_at_eos):
     """Its tokens, and what was recomputed for them; once it is finished, nothing is any more."""
     model, policy = spec.build(), data.draw(policies)
     drawn = data.draw(decodes(model.config))
-    together = list(
-        decode(model, policy=policy, stop_at_eos=stop_at_eos, **drawn.arguments())
-    )
+    together = list(decode(model, policy=policy, stop_at_eos=stop_at_eos, **drawn.arguments()))
     work = policy.recomputed
     for b, prompt in enumerate(drawn.prompts):
         arguments = drawn.settings() | {"prompt": torch.tensor([prompt])}

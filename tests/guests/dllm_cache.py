@@ -6,8 +6,8 @@ is cheap, compares them with those of before, and recomputes the quarter that ch
 attention and MLP add to the residual stream is cached as well, so all rows run through all layers.
 A policy may bring its own forward pass, so neither model.py nor d2cache.py knows of this one.
 
-Paper: arXiv 2506.06295. Followed is the authors' code, of which the tests hold outputs. Shape
-letters as in model.py; n positions are recomputed in a layer.
+Paper: arXiv 2506.06295. Followed is the authors' code, whose outputs the tests hold. Shape letters
+as in model.py; n positions are recomputed in a layer.
 """
 
 from dataclasses import dataclass
@@ -56,8 +56,8 @@ class DLLMCache:
     def recompute(self, model, cache, R, uses_attention, tokens, positions, valid, padding):
         """In place of d2cache.recompute: logits (B, R, V), and no influence.
 
-        For who watches the decode: `recomputed`, of every pass the share of the layers in which a
-        position was, (B, T), its values apart; of the last one `rows`, (L, B, T).
+        For spectators it keeps `recomputed`, by pass, the share of layers in which each position
+        was, (B, T), its values apart; and the last pass's `rows`, (L, B, T).
         """
         if cache is not self.cache:
             self.begin(cache, R, positions, model.config.d_model)

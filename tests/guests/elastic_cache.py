@@ -1,13 +1,13 @@
 """Elastic-Cache, a guest in this house: a cache that goes on deciding inside the forward pass.
 
-d2Cache says before a pass which positions it recomputes. Elastic-Cache starts a pass with a few
-positions, watches in every layer how far the attention of some known ones has drifted since it was
-last computed, and once it has drifted too far, recomputes everything from the next layer on. So
-keys and values are not enough: to start in a deep layer takes the residual stream that entered it.
-A policy may bring its own forward pass, so neither model.py nor d2cache.py knows of this one.
+d2Cache says before a pass which positions it recomputes. Elastic-Cache starts with a few, watches
+in every layer how far the attention of some known positions has drifted since it was last computed,
+and once it has drifted too far, recomputes everything from the next layer on. So it caches more
+than keys and values: to start in a deep layer takes the residual stream that entered it. A policy
+may bring its own forward pass, so neither model.py nor d2cache.py knows of this one.
 
-Paper: arXiv 2510.14973. Followed is the authors' code, of which the tests hold outputs. Shape
-letters as in model.py; n counts positions of a single sequence.
+Paper: arXiv 2510.14973; where it and the authors' code differ, the code is followed, whose outputs
+the tests hold. Shape letters as in model.py; n counts positions of a single sequence.
 """
 
 from dataclasses import dataclass
@@ -52,12 +52,12 @@ class ElasticCache:
         """W.  (B, T) bool"""
         return self.masked & (self.masked.cumsum(dim=1) <= self.width)
 
-    def begin(self, cache, R, positions, padding, C, H):
+    def begin(self, config, cache, R, positions, padding):
         """Room for what passes leave behind. The first one recomputes, and predicts, everything."""
-        L, B, T, G, D = cache.k.shape
-        self.cache = cache  # of k and v; beside them, of every layer and position:
-        self.x = cache.k.new_zeros(L + 1, B, T, C)  # the residual stream that enters layer l
-        self.q = cache.k.new_zeros(L, B, T, H, D)
+        L, B, T = cache.k.shape[:3]
+        self.cache = cache  # of k and v; beside them: the residual stream entering a layer, and q
+        self.x = cache.k.new_zeros(L + 1, B, T, config.d_model)
+        self.q = cache.k.new_zeros(L, B, T, config.n_heads, config.head_dim)
         self.masked = torch.zeros(B, T, dtype=torch.bool, device=positions.device)
         self.masked.scatter_(1, positions[:, :R], True)
         self.real = torch.ones_like(self.masked) if padding is None else ~padding
@@ -69,13 +69,11 @@ class ElasticCache:
     def recompute(self, model, cache, R, uses_attention, tokens, positions, valid, padding):
         """In place of d2cache.recompute: logits (B, R, V), zeros where not in W; no influence.
 
-        For who watches the decode: `recomputed`, of every pass the share of the layers in which a
-        position was, (B, T); of the last one `rows`, (L, B, T), and `similarity`, (L, B), nan where
-        it was not tested.
+        For spectators it keeps `recomputed`, by pass, the share of layers in which each position
+        was, (B, T); and the last pass's `rows`, (L, B, T), and `similarity`, (L, B), nan: untested.
         """
         if cache is not self.cache:
-            config = model.config
-            self.begin(cache, R, positions, padding, config.d_model, config.n_heads)
+            self.begin(model.config, cache, R, positions, padding)
         self.rows = self.real.new_zeros(len(model.blocks), *tokens.shape)  # (L, B, T)
         self.similarity = torch.full(self.rows.shape[:2], torch.nan)
         self.x[0] = model.wte(tokens)
@@ -106,6 +104,7 @@ class ElasticCache:
                 rows = torch.cat([asked, others.nonzero()[:, 0]])
             self.rows[layer, b, rows] = True
 
+            # s = mean cos(A0, A1); from the next layer on everything is recomputed if s < gamma.
             before = self.attention(layer, b, self.watched[b])  # A0
             self.one_layer(block, layer, b, rows, model.config)
             after = self.attention(layer, b, self.watched[b])  # A1

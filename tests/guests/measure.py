@@ -1,7 +1,7 @@
-"""What the guests solve, recompute and refresh on the embedded model: `python tests/guests/measure.py`.
+"""What the guests solve, recompute and refresh: `python tests/guests/measure.py`.
 
-Beside them stands the sliding window of the same width. An Elastic-Cache that never refreshes is
-that window and what it watches; what a refresh is good for is the difference between the two.
+On the embedded model's problems. Beside them stands the sliding window of the same width: it is an
+Elastic-Cache that watches nothing and never refreshes.
 """
 
 import argparse
@@ -50,9 +50,8 @@ def watch(model, prompt, mask, policy, arguments):
     positions = mask.sum(dim=1) + QUALITY_LENGTH  # (B,)
     chosen = []
     refreshes = torch.zeros(len(prompt))
-    for state in decode(
-        model, prompt, QUALITY_LENGTH, prompt_mask=mask, policy=policy, **arguments
-    ):
+    arguments = arguments | {"prompt_mask": mask, "policy": policy}
+    for state in decode(model, prompt, QUALITY_LENGTH, **arguments):
         chosen.append(state.chosen)
         if isinstance(policy, ElasticCache):
             refreshes += (policy.similarity[:-1] < policy.gamma).any(dim=0)
