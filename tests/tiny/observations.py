@@ -22,7 +22,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from d2cache import EMBEDDED_MODEL, attention_rollout, decode, highest, settings  # noqa: E402
+from d2cache import (  # noqa: E402
+    EMBEDDED_MODEL,
+    attention_rollout,
+    decode,
+    generate,
+    highest,
+    settings,
+)
 from model import (  # noqa: E402
     KVCache,
     Transformer,
@@ -207,9 +214,9 @@ def shares_at_quarters(model, canvases):
 def claims(measured):
     """Rows of the table: what the paper claims, what it saw, and what is seen here."""
     prior = measured["certainty prior"]
-    far, near, after = (
-        mean_within(prior.changes, prior.left, *span) for span in ((9, 63), (1, 8), (-63, -1))
-    )
+    far = mean_within(prior.changes, prior.left, 9, 63)
+    near = mean_within(prior.changes, prior.left, 1, 8)
+    after = mean_within(prior.changes, prior.left, -63, -1)
     _, _, masked, top, masked_in_top = prior.shares.mean(dim=(0, 1)).tolist()
     early = {name: seen.eos[:, :EIGHTH].float().mean().item() for name, seen in measured.items()}
     solved = {name: f"{seen.solved:.0%}" for name, seen in measured.items()}
@@ -259,7 +266,8 @@ def print_changes(measured):
     longest = max(mean for name, mean in means.items() if name != "becomes a token")
     for name, mean in means.items():
         bar = "#" * min(BAR, round(BAR * mean / longest))
-        print(f"{name:16}{mean:7.1%}  {bar}".rstrip())
+        cut = " ..." if mean > longest else ""
+        print(f"{name:16}{mean:7.1%}  {bar}{cut}".rstrip())
 
 
 def print_shares(measured):
@@ -297,7 +305,9 @@ def print_steps(model, tokenizer, question):
         confidence = state.confidence[0, position].item()
         canvas = sketch(state.tokens[0, P:], state.known[0, P:], model.config.end_ids)
         print(f"{state.step:4}{position - P:10}  {token.strip():10}{confidence:10.2f}  {canvas}")
-    print("answer:", decode_response(tokenizer, state.tokens[0, P:], model.config.end_ids))
+    print("by confidence:", decode_response(tokenizer, state.tokens[0, P:], model.config.end_ids))
+    tokens = generate(model, prompt, GEN_LENGTH, **PRIOR)
+    print("by certainty prior:", decode_response(tokenizer, tokens[0, P:], model.config.end_ids))
 
 
 def sketch(tokens, known, end_ids):
