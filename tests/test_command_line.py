@@ -74,6 +74,11 @@ def where(positions):
     return set(positions[0].nonzero()[:, 0].tolist())
 
 
+def one(values, dtype=torch.bool):
+    """A tensor (1, T): that of one sequence."""
+    return torch.tensor([values], dtype=dtype)
+
+
 # ---- What it prints ------------------------------------------------------------------------------
 
 
@@ -246,6 +251,16 @@ def test_every_recomputed_position_has_one_reason(policy):
         assert torch.equal(sum(reasons), state.chosen.int())
 
 
+def test_what_is_not_recomputed_has_no_reason():
+    """Also a token decoded just before: a policy need not choose it."""
+    tokens, nobody = one([1, 2, 3, 4], torch.long), one([0, 0, 0, 0])
+    before = State(tokens, one([1, 1, 0, 0]), one([1, 1, 0, 0]), nobody, nobody, nobody, step=1)
+    known, fresh, chosen = one([1, 1, 1, 0]), one([0, 0, 1, 0]), one([0, 1, 1, 0])
+    state = State(tokens, known, fresh, nobody, nobody, nobody, step=2, chosen=chosen)
+    reasons = {name: where(positions) for name, positions in roles(before, state).items()}
+    assert reasons == {"attended": set(), "fresh": {1}, "candidates": {2}, "committed": {2}}
+
+
 @EVERY_POLICY
 def test_the_trace_lists_what_was_committed_and_how_sure(policy, command):
     """With the prior before the commit, by the oracle; it is the highest where it ranks."""
@@ -276,10 +291,6 @@ class Words:
 
     def decode(self, ids, skip_special_tokens):
         return f"w{ids[0]}" if ids != [0] or skip_special_tokens else "<eos>"
-
-
-def one(values, dtype=torch.bool):
-    return torch.tensor([values], dtype=dtype)
 
 
 def test_what_follows_the_end_is_counted_and_not_listed():

@@ -95,7 +95,8 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly():
     """As `| head -1` does: it once ended with a traceback."""
     read, write = os.pipe()
     os.close(read)
-    result = run("d2cache.py", "--trace", capture_output=False, stdout=write, stderr=-1)
+    streams = {"capture_output": False, "stdout": write, "stderr": subprocess.PIPE}
+    result = run("d2cache.py", "--trace", **streams)
     os.close(write)
     assert (result.returncode, result.stderr) == (0, "")
 
