@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, attention_rollout, certainty_prior
-from d2cache import choose_positions, count_rows, decode, generate, highest, load_policy
+from d2cache import choose_positions, count_and_check, decode, generate, highest, load_policy
 from d2cache import pack, predict, recompute, settings
 from model import Config, KVCache, Transformer, decode_response, encode_prompt
 from model import load_tokenizer, require
@@ -645,7 +645,7 @@ def measure_parts(model, gen_length, states):
     state = states[(len(states) - 1) // 2]
     shifted = model.config.shifted
     chosen, predicted = choose_positions(policy, state, shifted)
-    Q, R = count_rows(policy, state, chosen, predicted)
+    Q, R = count_and_check(policy, state, chosen, predicted)
     positions, valid = pack(chosen, predicted, Q)
     graphs = CudaGraphs(model)
     if chosen.is_cuda:
@@ -661,7 +661,7 @@ def measure_parts(model, gen_length, states):
         attention_rollout(maps, positions, valid)
         certainty_prior(state.confidence, state.known, policy.sigma)  # once more, for the commit
         chosen, predicted = choose_positions(policy, state, shifted)
-        Q, _ = count_rows(policy, state, chosen, predicted)
+        Q, _ = count_and_check(policy, state, chosen, predicted)
         pack(chosen, predicted, Q)
 
     def milliseconds(function):
@@ -777,6 +777,7 @@ def table_lines(rows):
 
 
 def print_table(rows):
+    """Rows, dicts by column, on stdout."""
     print("\n".join(table_lines(rows)))
 
 
@@ -793,7 +794,8 @@ def describe(model):
 # ---- The command line ----------------------------------------------------------------------------
 
 
-def parse_arguments():
+def make_parser():
+    """The command line."""
     parser = argparse.ArgumentParser(description=main.__doc__, usage=argparse.SUPPRESS)
     add = parser.add_argument_group("model").add_argument
     add("--model", help="checkpoint folder or hub id instead of the embedded model")
@@ -819,7 +821,7 @@ def parse_arguments():
     add("--batch", type=int, help="sequences decoded at once")
     add("--policy", help="FILE.py:Name or FILE.py:Name(k=8), to be compared with the others")
     add("--json", help="write the same numbers to this file")
-    return parser, parser.parse_args()
+    return parser
 
 
 def check(args):
@@ -888,20 +890,21 @@ def own_rows(args, policy, gen_length):
 
 
 def block_length_of(args, gen_length):
+    """That of the rows in blocks."""
     return args.block_length or settings(gen_length)["dual"]["block_length"]
 
 
 def try_out(model, prompt, gen_length, rows):
-    """ValueError, with the step, for a policy that breaks its contract or fails; before any work."""
+    """ValueError, with the step, for a policy that breaks its contract or fails; before the work."""
     for name, arguments in rows:
-        step = 0
+        asked = 2  # the first step asks nobody
         try:
             for state in decode(model, prompt, gen_length, **arguments):
-                step = state.step
+                asked = state.step + 2  # a state is there once the policy has chosen what is next
         except ValueError:
             raise  # names policy and step
         except Exception as error:
-            said = f"policy {name} fails in step {step + 1}: {type(error).__name__}: {error}"
+            said = f"policy {name} fails in step {asked}: {type(error).__name__}: {error}"
             raise ValueError(said) from error
 
 
@@ -1083,7 +1086,8 @@ def report(args):
 
 def main():
     """Quality and speed of every policy, as tables; progress goes to stderr."""
-    parser, args = parse_arguments()
+    parser = make_parser()
+    args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can show every answer
     try:
         result = report(args)

@@ -227,7 +227,7 @@ def test_a_right_program_passes(program):
         RIGHT + '"""',  # which would swallow the tests
         "def add(a, b",
         "def add(a, b):\n    return 3\n",
-        "import os\nfor out in range(20):\n    try: os.write(out, b'passed')\n    except OSError: 0",
+        "import os\nfor n in range(20):\n    try: os.write(n, b'passed')\n    except OSError: 0",
         "print('passed', 'True', 'ok')\n",
         "import sys\nsys.exit(0)\n",
         "import os\nos._exit(0)\n",
