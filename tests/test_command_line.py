@@ -304,6 +304,15 @@ def test_what_follows_the_end_is_counted_and_not_listed():
     assert "behind" not in d2cache.trace(None, state, 1.0, Words())
 
 
+def test_an_end_after_a_masked_position_is_no_end_yet():
+    """In the order of confidence it may come first."""
+    known = one([0, 1, 1])
+    tokens, confidence = one([5, 0, 0], torch.long), one([0.1, 0.5, 0.25], torch.float64)
+    state = State(tokens, known, known, confidence, confidence, known, step=7, chosen=known)
+    line = d2cache.trace(None, state, 1.0, Words(), end_ids=(0,))
+    assert "1 '<eos>' 0.500" in line and "2 '<eos>' 0.250" in line and "behind" not in line
+
+
 # ---- The screen ----------------------------------------------------------------------------------
 
 
