@@ -130,13 +130,13 @@ def test_bench_py_prints_both_tables_of_a_checkpoint_and_writes_the_same_numbers
     (tmp_path / "mine.py").write_text(OWN_POLICY)
     data, file = tmp_path / "data.jsonl", tmp_path / "numbers.json"
     data.write_text(json.dumps({"question": EXAMPLE, "answer": "#### 31"}) + "\n")
-    flags = ["--model", EMBEDDED_MODEL, "--gen-length", 16, "--data", data, "--json", file]
+    flags = ["--model", EMBEDDED_MODEL, "--gen-length", 4, "--data", data, "--json", file]
     result = run("bench.py", *flags, "--policy", "mine.py:Mine(k=3)", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     numbers = json.loads(file.read_text())
     assert lines[0] == f"A problem   {EXAMPLE}"
-    assert f"d2Cache     {answer(16, **settings(16)['d2cache'])}" in lines
+    assert f"d2Cache     {answer(4, **settings(4)['d2cache'])}" in lines
     for title, report in (("QUALITY", numbers["quality"]), ("SPEED", numbers["speed"][0])):
         printed = table(lines, title)
         assert list(printed) == [row["policy"].strip() for row in report["rows"]]
