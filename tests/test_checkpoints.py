@@ -183,6 +183,7 @@ HARMLESS = [
     {"multi_query_attention": False, "rope_theta": 500000, "quantization_config": {}},
     {"rope_scaling": {"rope_type": "default"}, "num_experts": 0, "layer_types": None},
     {"rope_scaling": {"type": "default", "factor": 1.0, "rope_theta": 500000.0}},
+    {"rope_scaling": {"rope_type": "default", "factor": None}, "rope_parameters": {}},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 1.0}},
     {"sliding_window": 4096, "use_sliding_window": False, "layer_types": ["full_attention"] * 32},
 ]
@@ -377,6 +378,13 @@ def test_of_many_tensors_that_do_not_fit_the_first_are_named(tmp_path):
     assert len(message) < 1000
 
 
+@pytest.mark.parametrize("many, told", [(3, "a1, a2, a3"), (4, "a1, a2, a3 and 1 more")])
+def test_three_tensors_are_named_and_the_others_counted(tmp_path, many, told):
+    extra = {f"a{n}": torch.zeros(1) for n in range(1, many + 1)}
+    message = refusal(write_checkpoint(tmp_path, tensors=make_tensors() | extra))
+    assert message.splitlines()[1:] == [f"{many} unexpected: {told}"]
+
+
 @pytest.mark.parametrize("size", [2**40, 2**62])
 @pytest.mark.parametrize("key", ["n_layers", "d_model", "mlp_hidden_size", "embedding_size"])
 def test_a_size_beyond_the_files_is_refused_before_a_model_is_built(tmp_path, key, size):
@@ -457,10 +465,10 @@ def test_the_other_layout_is_the_same_model_as_in_lladas_own(tmp_path, layout, n
     assert torch.equal(loaded(tokens), own(tokens))
 
 
-@pytest.mark.parametrize("kind, shifted", [("llada", False), ("illada", False), ("Dream", True)])
-def test_only_the_logits_of_dream_are_shifted(kind, shifted):
+@pytest.mark.parametrize("kind", ["llada", *LAYOUTS])
+def test_only_the_logits_of_dream_are_shifted(kind):
     config = Config(**{field: TINY[field] for field in FIELDS} | {"model_type": kind})
-    assert config.shifted == shifted
+    assert config.shifted == (kind == "Dream")
 
 
 @pytest.mark.parametrize("layout", ["illada", "a2d-qwen2"])
@@ -601,6 +609,8 @@ def test_a_mask_of_which_all_files_are_silent_is_the_layouts_own(tmp_path, layou
         (0, [4, 0, 7], 0, (4, 7)),
         ([0, 4], [7, 4], 0, (4, 7)),
         (None, [7, 4], 7, (4,)),
+        (0, 11, 0, (11,)),
+        (0, 12, 0, ()),
         (0, 10**6, 0, ()),
     ],
 )
@@ -624,9 +634,9 @@ def test_an_end_that_is_no_id_is_refused_by_the_name_of_its_file(tmp_path):
 
 @pytest.mark.parametrize("token", ["<|eot_id|>", "<|im_end|>"])
 def test_the_tokenizers_end_of_turn_ends_an_answer(tmp_path, token):
-    write_json(tmp_path / "config.json", TINY)
+    write_json(tmp_path / "config.json", TINY | {"eos_token_id": [0, 3]})
     write_words(tmp_path, ["a", "b", token, "d"])
-    assert Config.from_json(tmp_path / "config.json").end_ids == (0, 2)
+    assert Config.from_json(tmp_path / "config.json").end_ids == (0, 3, 2)
 
 
 def test_an_end_of_turn_is_no_end_of_sequence(tmp_path):
