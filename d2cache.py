@@ -654,7 +654,7 @@ def load_policy(text):
         policy = eval(call, vars(module))  # to be trusted as much as the file itself
         if isinstance(policy, type):
             policy = policy()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"policy {text}: {type(error).__name__}: {error}") from error
     contract = callable(getattr(policy, "choose", None)) and hasattr(policy, "uses_attention")
     require(contract, f"policy {text}: {policy!r} should have choose(state) and uses_attention")

@@ -462,15 +462,16 @@ def test_a_broken_contract_names_the_step(monkeypatch, capsys, tmp_path):
 
 
 def test_a_bug_keeps_its_traceback_and_a_full_memory_does_not(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["d2cache.py"])
-    monkeypatch.setattr(d2cache, "run", lambda args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    def main(said):
+        def run(args):
+            raise RuntimeError(said)
+
+        monkeypatch.setattr(sys, "argv", ["d2cache.py"])
+        monkeypatch.setattr(d2cache, "run", run)
         d2cache.main()
 
-    def run(args):
-        raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
-
-    monkeypatch.setattr(d2cache, "run", run)
+    with pytest.raises(RuntimeError, match="sizes differ"):
+        main("sizes differ")
     with pytest.raises(SystemExit):
-        d2cache.main()
+        main("CUDA out of memory.\nTried to allocate 2 GiB")
     assert capsys.readouterr().err.endswith("CUDA out of memory. Tried to allocate 2 GiB\n")

@@ -80,6 +80,7 @@ def submission(tmp_path_factory):
     file.write_text(SUBMISSION)
     (file.parent / "broken.py").write_text("x = 1\nif:\n")
     (file.parent / "raises.py").write_text("1 / 0\n")
+    (file.parent / "leaves.py").write_text("raise SystemExit(3)\n")
     return file
 
 
@@ -134,6 +135,7 @@ NO_POLICY = [
     ("none.py:Lawful", "No such file or directory"),
     ("broken.py:Lawful", "SyntaxError: invalid syntax (broken.py, line 2)"),
     ("raises.py:Lawful", "ZeroDivisionError: division by zero"),
+    ("leaves.py:Lawful", "SystemExit: 3"),
     ("mine.py:Unlawful", "NameError: name 'Unlawful' is not defined"),
     ("mine.py:Lawful(width=3)", "unexpected keyword argument 'width'"),
     ("mine.py:NeedsAnArgument", "missing 1 required positional argument: 'width'"),
