@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model import Transformer, decode_response, encode_prompt, load_tokenizer
 
+from tiny import train
 from tiny.problems import (
     EVENTS,
     RESPONSE_LENGTH,
@@ -128,6 +129,37 @@ def test_checkpoint_fits_the_problems(embedded):
     assert vocabulary()[model.config.mask_token_id] == "[MASK]"
     assert vocabulary()[model.config.eos_token_id] == "<eos>"
     assert (EMBEDDED_MODEL / "model.safetensors").stat().st_size <= 4_000_000
+
+
+def test_the_checkpoint_has_the_shape_that_train_py_trains():
+    config = json.loads((EMBEDDED_MODEL / "config.json").read_text(encoding="utf-8"))
+    assert config == train.SHAPE | train.ARCHITECTURE
+
+
+@given(st.integers(0, 2**32))
+def test_a_drill_hides_a_result_together_with_its_copy(seed):
+    """Else it could be read off. What is hidden is digits only, and of the answer only."""
+    rng = random.Random(seed)
+    tokenizer = make_tokenizer()
+    batch, prompt_length = train.Problems(rng, tokenizer).batch(EVENTS, RESPONSE_LENGTH, 0.0)
+    masked, weight = train.chain_drill(rng, tokenizer, batch, prompt_length)
+    assert torch.equal(masked, weight > 0) and not masked[:, :prompt_length].any()
+    for ids, hidden in zip(batch.tolist(), masked.tolist()):
+        pieces = [tokenizer.decode([id], skip_special_tokens=False) for id in ids]
+        shown = "".join("?" if hide else piece for piece, hide in zip(pieces, hidden))
+        results = re.findall(r"=(\?\?| \d\d)", shown)
+        copies = re.findall(r"(?::|####)(\?\?| \d\d)", shown)[1:]
+        assert results == copies and shown.count("?") == 1 + 4 * results.count("??")
+
+
+@given(st.integers(0, 2**32))
+def test_a_suffix_drill_hides_all_from_some_token_on(seed):
+    tokens = torch.zeros(3, 30 + RESPONSE_LENGTH, dtype=torch.long)
+    masked, weight = train.suffix_drill(random.Random(seed), tokens, prompt_length=30)
+    for hidden, graded in zip(masked.tolist(), weight.tolist()):
+        first = hidden.index(True)
+        assert 30 <= first and all(hidden[first:])
+        assert [i for i, value in enumerate(graded) if value] == list(range(first, first + 10))
 
 
 def test_the_order_of_decoding_decides_what_vanilla_solves(embedded, vanilla):
