@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from model import Transformer
 from safetensors.torch import load_file
 
 import oracle
-from strategies import ModelSpec, decodes, model_specs
+from strategies import ModelSpec, decodes, left_padded, model_specs
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
@@ -211,6 +212,27 @@ def test_similarity_is_the_mean_cosine_over_heads_or_over_keys(over):
             cosines += [cosine(a, b) for a, b in zip(before, after)]
         expected = sum(cosines) / len(cosines)
         assert seen["similarity"][step, 0, 0].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_padding_is_neither_watched_nor_recomputed():
+    """Also where a layer should watch more positions than are known, and in a refresh."""
+    prompt, mask = left_padded([[3], [3, 1, 4, 1, 5]])
+    policy = ElasticCache(watch=3, gamma=2.0)
+    arguments = {"prompt": prompt, "gen_length": 4, "prompt_mask": mask}
+    _, seen = watch(SPEC.build(), policy, arguments, ["watched", "rows"])
+    assert not seen["watched"][:, 0, :4].any()
+    assert not seen["rows"][:, :, 0, :4].any()
+    assert seen["rows"][1:, 1:, 0, 4:].all()
+
+
+def test_a_similarity_of_exactly_gamma_is_no_drift():
+    model = replace(SPEC, dtype=torch.float32).build()
+    arguments = {"prompt": torch.tensor([[3, 1, 4]]), "gen_length": 4}
+    _, seen = watch(model, ElasticCache(2, gamma=-1.0), arguments, ["similarity"])
+    exactly = seen["similarity"][1, 0, 0].item()
+    for gamma, drifts in ((exactly, False), (exactly + 1e-6, True)):
+        _, seen = watch(model, ElasticCache(2, gamma), arguments, ["rows"])
+        assert bool(seen["rows"][1, 1, 0].all()) == drifts
 
 
 # ---- dLLM-Cache ----------------------------------------------------------------------------------

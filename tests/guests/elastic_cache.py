@@ -108,9 +108,9 @@ class ElasticCache:
             before = self.attention(layer, b, self.watched[b])  # A0
             self.one_layer(block, layer, b, rows, model.config)
             after = self.attention(layer, b, self.watched[b])  # A1
-            if not drifted and self.watched[b].any():
+            if not drifted:
                 axis = 0 if self.over == "heads" else 2
-                similarity = F.cosine_similarity(before, after, dim=axis).mean().item()
+                similarity = F.cosine_similarity(before, after, dim=axis).mean().item()  # M empty: nan
                 self.similarity[layer, b] = similarity
                 drifted = similarity < self.gamma
 
