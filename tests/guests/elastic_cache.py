@@ -110,9 +110,9 @@ class ElasticCache:
             after = self.attention(layer, b, self.watched[b])  # A1
             if not drifted:
                 axis = 0 if self.over == "heads" else 2
-                similarity = F.cosine_similarity(before, after, dim=axis).mean().item()  # M empty: nan
+                similarity = F.cosine_similarity(before, after, dim=axis).mean().item()
                 self.similarity[layer, b] = similarity
-                drifted = similarity < self.gamma
+                drifted = similarity < self.gamma  # nan as long as M is empty: no drift
 
             looked_at = self.attention(layer, b, self.window[b]).sum(dim=(0, 1))
             looked_at = F.pad(looked_at, (len(real) - len(looked_at), 0))  # the padding, by nobody
