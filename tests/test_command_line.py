@@ -150,6 +150,11 @@ def test_dtype_device_and_revision_are_the_models(command, monkeypatch):
     assert asked == [("a/b", "v1"), ("a/b", "cpu", "bfloat16", "v1")]
 
 
+def test_any_temperature_above_0_draws(command):
+    _, err = command("--gen-length", 2, "--temperature", 0.01)
+    assert err.startswith("2 forwards")  # decode refuses one without a generator
+
+
 def test_a_seed_is_a_draw(command):
     def answer(seed, temperature):
         return command("--gen-length", G, "--temperature", temperature, "--seed", seed).out
@@ -302,6 +307,12 @@ def test_what_follows_the_end_is_counted_and_not_listed():
     line = d2cache.trace(None, state, 1.0, Words(), end_ids=(0,))
     assert "1 '<eos>' 0.500" in line and "and 2 behind it" in line and "0.200" not in line
     assert "behind" not in d2cache.trace(None, state, 1.0, Words())
+
+
+def test_an_answers_end_ends_the_trace_where_it_is_asked_for(command):
+    lines = command("--stop-at-eos", "--trace").out.splitlines()
+    assert ["behind it" in line for line in lines] == [False] * (len(lines) - 2) + [True, False]
+    assert "behind it" not in command("--trace").out
 
 
 def test_an_end_after_a_masked_position_is_no_end_yet():
