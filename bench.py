@@ -176,7 +176,8 @@ def read_program(record, where):
 
     The question is lm-evaluation-harness's: the task, then the tests.
     """
-    task = text_of(record, "prompt" if "text" not in record else "text", where)
+    key = "text" if "text" in record else "prompt"
+    task = text_of(record, key, where)
     tests = record["test_list"]
     fits = isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests)
     require(fits, f"{where}: test_list is {shown(tests)}, should be a list of texts")
@@ -212,11 +213,11 @@ def shown(value):
 
 
 def with_examples(examples, question):
-    """The prompt: worked examples, if any, before the question, as lm-evaluation-harness has them.
+    r"""The prompt: worked examples, if any, before the question, as lm-evaluation-harness has them.
 
-    GSM8K: "Question: ...\nAnswer: ..." turns with an empty line between them, the last one open;
-    without examples the question alone. MBPP: tasks that end in "[BEGIN]\n", solutions in
-    "\n[DONE]", an empty line between. All of it is the user's one turn in a chat template.
+    GSM8K: "Question: ...\nAnswer: ..." turns with an empty line between them, the last one open
+    ("Answer:"); without examples the question alone. MBPP: tasks that end in "[BEGIN]\n", solutions
+    in "\n[DONE]", an empty line between them. In a chat template all of it is the user's one turn.
     """
     turns = []
     for asked, answer in examples:
@@ -588,6 +589,7 @@ def measure_speed(model, prompt, gen_length, plan, rates):
         if slow and name.startswith("vanilla"):
             arguments = arguments | {"tokens_per_step": math.ceil(gen_length / FEW)}
         times, states = time_decodes(model, prompt, gen_length, arguments)
+        peak = torch.cuda.max_memory_allocated() if prompt.is_cuda else None
         _, shares = work_done(states)
         timings.append(
             Timing(
@@ -596,7 +598,7 @@ def measure_speed(model, prompt, gen_length, plan, rates):
                 steps=len(states),
                 share=shares.mean().item(),
                 floor=floor_seconds(model, states[0].known.shape[1], row_counts(states), rates),
-                peak=torch.cuda.max_memory_allocated() if prompt.is_cuda else None,
+                peak=peak,
             )
         )
         if name == "d2cache":
@@ -850,8 +852,10 @@ def check(args):
         said = f"--block-length is {args.block_length}, should divide the response's {length}"
         require(divides, said)
     if args.json:
-        with open(args.json, "a", encoding="utf-8"):  # an OSError says why it cannot be written
-            pass
+        is_new = not Path(args.json).exists()
+        open(args.json, "a").close()  # an OSError says why it cannot be written
+        if is_new:
+            os.remove(args.json)
 
 
 def read_data(args):
@@ -895,7 +899,7 @@ def block_length_of(args, gen_length):
 
 
 def try_out(model, prompt, gen_length, rows):
-    """ValueError, with the step, for a policy that breaks its contract or fails; before the work."""
+    """ValueError, with the step, for a policy that breaks its contract or fails; before work."""
     for name, arguments in rows:
         asked = 2  # the first step asks nobody
         try:
@@ -912,7 +916,9 @@ def report_quality(args, title, model, tokenizer, data, gen_length, policy):
     """Print a sample and the quality table; the same as a dict."""
     plan = quality_rows(gen_length, args.block_length) + own_rows(args, policy, gen_length)
     problems = [(prompt, answer) for _, prompt, answer in data]
-    batch = args.batch or (1 if args.model else 32)
+    batch = args.batch
+    if batch is None:
+        batch = 1 if args.model else 32  # of a large model, memory may hold one
     draw = partial(sampling, args)
     rows, samples = measure_quality(model, tokenizer, problems, gen_length, plan, draw, batch)
 

@@ -639,6 +639,8 @@ def test_a_file_that_cannot_be_written_is_found_before_the_work(tmp_path):
     kept.write_text("kept")
     bench.check(arguments("--json", kept))
     assert kept.read_text() == "kept"
+    bench.check(arguments("--json", tmp_path / "new.json"))
+    assert not (tmp_path / "new.json").exists()
     for path in (tmp_path, tmp_path / "no" / "x.json"):
         with pytest.raises(OSError):
             bench.check(arguments("--json", path))
