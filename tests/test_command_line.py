@@ -93,6 +93,15 @@ def test_the_answer_is_that_of_decode_with_the_policys_settings(policy, command)
     assert err == f"{G} forwards, {share:.1%} of positions recomputed\n"
 
 
+def test_the_answer_is_the_response_up_to_any_of_the_models_ends(command, monkeypatch):
+    asked = []
+    monkeypatch.setattr(d2cache, "decode_response", lambda *args: asked.append(args) or "yes")
+    assert command("--gen-length", G).out == "yes\n"
+    ((_, response, ends),) = asked
+    assert torch.equal(response, decoded("d2cache")[-1].tokens[0, -G:])
+    assert ends == embedded()[0].config.end_ids
+
+
 def test_a_checkpoint_in_dreams_layout_decodes(tmp_path, command):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(ROOT / "tests" / "golden" / "dream_tiny" / name, tmp_path)
