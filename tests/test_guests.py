@@ -225,6 +225,18 @@ def test_padding_is_neither_watched_nor_recomputed():
     assert seen["rows"][1:, 1:, 0, 4:].all()
 
 
+def test_similarity_is_that_without_padding():
+    alone = {"prompt": torch.tensor([[3, 1, 4]]), "gen_length": 4}
+    prompt, mask = left_padded([[3, 1, 4], [5, 9, 2, 6, 5]])
+    together = {"prompt": prompt, "gen_length": 4, "prompt_mask": mask}
+    for over in ("heads", "keys"):
+        policy = ElasticCache(width=2, over=over)
+        _, one = watch(SPEC.build(), policy, alone, ["similarity"])
+        _, two = watch(SPEC.build(), policy, together, ["similarity"])
+        ours = two["similarity"][:, :, 0]
+        torch.testing.assert_close(ours, one["similarity"][:, :, 0], equal_nan=True)
+
+
 def test_a_similarity_of_exactly_gamma_is_no_drift():
     model = replace(SPEC, dtype=torch.float32).build()
     arguments = {"prompt": torch.tensor([[3, 1, 4]]), "gen_length": 4}
@@ -298,6 +310,16 @@ def test_a_sequence_decodes_with_a_guest_alone_as_in_company(policies, spec, dat
         for ours, theirs in zip(work, policy.recomputed):
             assert torch.equal(ours[b, own], theirs[0])
         assert not any(ours[b].any() for ours in work[len(alone) :])
+
+
+@pytest.mark.parametrize("guest", [ElasticCache, DLLMCache])
+def test_a_finished_sequence_recomputes_nothing(guest):
+    policy = guest()
+    prompt = torch.tensor([[3, 1, 4], [5, 9, 2], [6, 5, 3], [8, 9, 7]])
+    states = list(decode(SPEC.build(), prompt, 8, threshold=0.4, policy=policy))
+    finished = torch.stack([~state.chosen.any(dim=1) for state in states])  # (S, B)
+    assert finished.any()
+    assert torch.equal(torch.stack(policy.recomputed).sum(dim=2) == 0, finished)
 
 
 @pytest.mark.parametrize("guest", [ElasticCache, DLLMCache])
