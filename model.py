@@ -633,7 +633,7 @@ def require_sizes_within(folder, config, stored):
 def require_fit(folder, model, stored):
     """ValueError unless the files hold the parameters of the model, in these shapes, alone."""
     wanted = {PREFIX + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if model.config.weight_tying and HEAD in stored:  # some files hold the head nevertheless
+    if HEAD in stored:  # also beside an embedding that is the head
         wanted[HEAD] = wanted[PREFIX + "wte.weight"]
     missing = [name for name in wanted if name not in stored]
     unexpected = [tensor.name for ours, tensor in stored.items() if ours not in wanted]
@@ -685,9 +685,15 @@ def token_ids(folder):
         if isinstance(vocab, list):  # Unigram's: pairs of a token and its score, in order
             vocab = {token: id for id, (token, _) in enumerate(vocab)}
         added = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
-        return integers(single, vocab | added)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{single}: no readable tokenizer ({error!r:.300})") from error
+
+    # The tokenizers library ignores the ids of added tokens: they get the vocabulary's or the next.
+    new = [token for token in added if token not in vocab]
+    given = vocab | {token: len(vocab) + i for i, token in enumerate(new)}
+    wrong = [token for token, id in added.items() if id != given[token]]
+    require(not wrong, f"{single}: the ids of {some(wrong)} should follow the vocabulary's")
+    return integers(single, given)
 
 
 def integers(file, ids):
@@ -744,7 +750,7 @@ def qwen2_tokenizer(folder):
         add([token])
     got = {id: tokenizer.token_to_id(token.content) for id, token in added.items()}
     wrong = [token.content for id, token in added.items() if got[id] != id]
-    require(not wrong, f"added_tokens.json: the ids of {some(wrong)} should follow vocab.json's")
+    require(not wrong, f"the ids of {some(wrong)} should follow the vocabulary's")
     return tokenizer
 
 

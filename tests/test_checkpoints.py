@@ -394,6 +394,16 @@ def test_a_size_beyond_the_files_is_refused_before_a_model_is_built(tmp_path, ke
     assert message == f"{tmp_path / 'config.json'}: {said}"
 
 
+@pytest.mark.parametrize(
+    "key, most", [("n_layers", 14), ("mlp_hidden_size", 113), ("embedding_size", 113)]
+)
+def test_a_size_is_beyond_the_files_if_one_kind_of_matrix_is(tmp_path, key, most):
+    message = refusal(write_checkpoint(tmp_path, TINY | {key: most}))
+    assert message.startswith(f"{tmp_path}: the tensors do not fit config.json")
+    message = refusal(write_checkpoint(tmp_path, TINY | {key: most + 1}))
+    assert message.endswith(f"{key} is {most + 1}, but the files hold only 904 numbers")
+
+
 def test_no_weight_is_read_for_a_refusal(tmp_path, monkeypatch):
     monkeypatch.setattr(model_file, "read_tensors", None)
     folder, _, _ = write_layout(tmp_path, "Dream", change={"model.norm.weight": torch.zeros(9)})

@@ -116,7 +116,7 @@ def test_a_missing_or_corrupt_file_of_qwen2s_three_is_refused(tmp_path, file, co
     assert message.startswith(str(tmp_path)) and "no readable tokenizer (" in message
 
 
-@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n"])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n", "\n \n"])
 @pytest.mark.parametrize("start", ["", "#version: 0.2\n"])
 def test_blank_lines_and_a_head_are_no_merges(tmp_path, start, end):
     write_qwen2(tmp_path, **{"merges.txt": start + QWEN2["merges.txt"] + end})
@@ -175,6 +175,30 @@ def test_an_added_token_without_id_or_flags_is_refused(tmp_path, decoder):
     message = refusal(tmp_path, load_tokenizer)
     assert f"added_tokens_decoder holds {key!r}: " in message
     assert f"added_tokens_decoder holds {key!r}: " in refusal(tmp_path, read_config)
+
+
+@pytest.mark.parametrize("id", [-1, 1.0, "1", True, None])
+def test_an_id_that_is_none_is_refused_by_its_token(tmp_path, id):
+    write_qwen2(tmp_path, **{"added_tokens.json": json.dumps({"<|im_end|>": id})})
+    said = f"{tmp_path / 'added_tokens.json'}: the ids of <|im_end|> should be integers from 0 on"
+    assert said in refusal(tmp_path, load_tokenizer) and refusal(tmp_path, read_config) == said
+
+
+@pytest.mark.parametrize("token, id", [("<x>", 12), ("<y>", 8), ("b", 3)])
+def test_an_added_token_whose_id_the_library_would_change_is_refused(tmp_path, token, id):
+    """It counts on from the vocabulary, whatever the file says: the mask was another token."""
+    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate("abcdefgh")}, "a"))
+    tokenizer.add_special_tokens(["<x>", "<y>", "b"])
+    values = json.loads(tokenizer.to_str())
+    write_json(tmp_path / "tokenizer.json", values)
+    assert read_config(tmp_path).vocab_size == 10
+    ids = {entry["content"]: entry for entry in values["added_tokens"]}
+    assert ids[token]["id"] != id
+    ids[token]["id"] = id
+    write_json(tmp_path / "tokenizer.json", values)
+    assert load_tokenizer(tmp_path).token_to_id(token) != id
+    said = f"the ids of {token} should follow the vocabulary's"
+    assert refusal(tmp_path, read_config) == f"{tmp_path / 'tokenizer.json'}: {said}"
 
 
 @pytest.mark.parametrize("decoder", [[1], "a", 5])
