@@ -178,11 +178,11 @@ def read_program(record, where):
     """
     key = "text" if "text" in record else "prompt"
     task = text_of(record, key, where)
-    tests = record["test_list"]
-    fits = isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests)
-    require(fits, f"{where}: test_list is {shown(tests)}, should be a list of texts")
-    imports = record.get("test_imports") or []
-    setup = "\n".join([*imports, record.get("test_setup_code") or ""])
+    tests = texts_of(record, "test_list", where)
+    require(tests, f"{where}: test_list is empty, should hold a test")
+    setup = texts_of(record, "test_imports", where)
+    if record.get("test_setup_code"):  # of the full file, where most are empty
+        setup.append(text_of(record, "test_setup_code", where))
     code = text_of(record, "code", where) if "code" in record else None
 
     listed = "\n".join(tests)
@@ -190,13 +190,25 @@ def read_program(record, where):
         f"You are an expert Python programmer, and here is your task: {task} "
         f"Your code should pass these tests:\n\n{listed}\n[BEGIN]\n"
     )
-    return question, Program(setup, tuple(tests), code)
+    return question, Program("\n".join(setup), tuple(tests), code)
 
 
 def text_of(record, key, where):
     """record[key] if that is a text with something in it, else ValueError."""
     require(key in record, f'{where}: has no "{key}"')
-    value = record[key]
+    return as_text(record[key], key, where)
+
+
+def texts_of(record, key, where):
+    """record[key] if that is a list of texts, [] if it is not there, else ValueError."""
+    values = record.get(key, [])
+    said = f"{where}: {key} is {shown(values)}, should be a list of texts"
+    require(isinstance(values, list), said)
+    return [as_text(value, key, where) for value in values]
+
+
+def as_text(value, key, where):
+    """The value, if it is a text with something in it, else ValueError."""
     said = f"{where}: {key} is {shown(value)}, should be text"
     require(isinstance(value, str) and value.strip(), said)
     try:
@@ -843,7 +855,8 @@ def check(args):
     require(not args.model or args.prompt_length is None, said)
     require(args.data or not args.shots, "--shots needs --data")
     require(args.data or not args.run_code, "--run-code needs --data")
-    require(not args.run_code or os.name == "posix", "--run-code needs Linux or macOS")
+    said = "--run-code needs Linux, whose limit on memory it is tried with"
+    require(not args.run_code or sys.platform == "linux", said)
     least = args.gen_length is None or args.gen_length >= 2
     require(least, f"--gen-length is {args.gen_length}, should be at least 2")
     lengths = [args.gen_length or 256] if args.model else [QUALITY_LENGTH, args.gen_length or 64]

@@ -19,7 +19,6 @@ from model import KVCache, Transformer
 from strategies import ModelSpec
 
 SPEC = ModelSpec(2, 2, 1, 2, vocab_size=12, seed=0)
-NOBODY = tqdm(disable=True)
 
 
 def bits(*rows):
@@ -37,9 +36,10 @@ def state(known, fresh, chosen, padding=None):
 
 
 def test_the_shapes_are_llada_8b_and_an_eighth_of_it():
-    with torch.device("meta"):
-        model = Transformer(LLADA_8B_SHAPE)
-    assert sum(weight.numel() for weight in model.parameters()) == 8_015_581_184
+    C, hidden = LLADA_8B_SHAPE.d_model, LLADA_8B_SHAPE.mlp_hidden_size
+    in_block = 4 * C * C + 3 * C * hidden + 2 * C
+    in_all = LLADA_8B_SHAPE.n_layers * in_block + 2 * LLADA_8B_SHAPE.embedding_size * C + C
+    assert in_all == 8_015_581_184
     for name in ("d_model", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size"):
         assert getattr(CPU_SHAPE, name) * 8 == getattr(LLADA_8B_SHAPE, name)
     assert CPU_SHAPE.n_layers * 4 == LLADA_8B_SHAPE.n_layers
@@ -145,15 +145,6 @@ def test_work_is_counted_per_sequence_in_its_own_steps_and_without_padding():
     assert shares.tolist() == pytest.approx([7 / 12, 4 / 8])
 
 
-class Numbers:
-    """Stands in for a tokenizer: a text is its digits."""
-
-    model = SimpleNamespace(unk_token=None)
-
-    def decode(self, ids):
-        return " ".join(map(str, ids))
-
-
 def test_solving_in_batches_is_solving_one_by_one(monkeypatch):
     model = SPEC.build()
     ids = lambda tokenizer, text: torch.tensor([[int(c) for c in text]])  # noqa: E731
@@ -206,6 +197,13 @@ def quality(monkeypatch, problems, answer, plan):
         return [answer(arguments)] * len(questions), 2, 0.25
 
     monkeypatch.setattr(bench, "solve", solve)
+
+    def bar(**about):
+        total = len(plan) * len(problems)
+        assert about == {"total": total, "desc": "quality", "unit": "decode"}
+        return tqdm(disable=True)
+
+    monkeypatch.setattr(bench, "tqdm", bar)
     drawn = lambda: {"temperature": 0.5}  # noqa: E731
     return *bench.measure_quality("model", "tokenizer", problems, 64, plan, drawn, 7), calls
 
@@ -460,10 +458,12 @@ def test_on_a_gpu_the_peak_is_measured(monkeypatch):
     monkeypatch.setattr(bench, "least_seconds", lambda *_, repeats: 0.0)
     monkeypatch.setattr(bench, "time_decodes", lambda *_: ([1.0], states))
     bars = []
-    bar = lambda rows, *about, **more: bars.append(about) or rows  # noqa: E731
+    bar = lambda rows, *about, **more: bars.append((about, more)) or rows  # noqa: E731
     monkeypatch.setattr(bench, "tqdm", bar)
     timings, _ = bench.measure_speed(model, prompt, 2, [("a", {}), ("b", {})], (1, 1))
-    assert [timing.peak for timing in timings] == [2**30] * 2 and bars == [("speed", 4)]
+    assert [timing.peak for timing in timings] == [2**30] * 2 and bars == [
+        (("speed", 4), {"unit": "policy"})
+    ]
 
 
 def test_the_mean_step_counts_the_first_once_and_the_others_for_the_rest():
@@ -490,8 +490,11 @@ def test_the_curve_times_the_first_steps_after_every_prompt(monkeypatch):
         return 0.25 if state.step == 1 else 0.125, state
 
     monkeypatch.setattr(bench, "timed", timed)
+    bars = []
+    monkeypatch.setattr(bench, "tqdm", lambda rows, **about: bars.append(about) or rows)
     prompts = [torch.ones(1, n, dtype=torch.long) for n in (3, 5)]
     rows = bench.measure_curve(SPEC.build(), prompts, 4)
+    assert bars == [{"desc": "curve", "unit": "prompt"}]
     three_then_four = [1, 2, 3, 1, 2, 3, 4]
     assert steps == [((1, T), step) for T in (7, 9) for step in three_then_four]
     assert [row["prompt"] for row in rows] == [3, 5]
@@ -627,9 +630,9 @@ def test_other_arguments_are_fine(line):
     bench.check(arguments(*line))
 
 
-def test_code_is_run_on_posix_alone(monkeypatch):
-    monkeypatch.setattr(bench, "os", SimpleNamespace(name="nt"))
-    with pytest.raises(ValueError, match="--run-code needs Linux or macOS"):
+def test_code_is_run_on_linux_alone(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(ValueError, match="--run-code needs Linux, whose"):
         bench.check(arguments("--data", "x", "--run-code"))
     bench.check(arguments())
 

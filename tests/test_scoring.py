@@ -157,18 +157,32 @@ QUESTION = (
 
 def test_the_lines_of_mbpp_full_and_sanitised_are_programs(tmp_path):
     full = MBPP | {"test_setup_code": "x = 1"}
-    sanitised = {"prompt": "Add.", "test_list": MBPP["test_list"], "test_imports": ["import math"]}
+    sanitised = {"prompt": "Add.", "test_list": MBPP["test_list"]}
+    sanitised["test_imports"] = ["import math", "import re"]
     path = write(tmp_path, json.dumps(full) + "\n" + json.dumps(sanitised))
     assert read_problems(path, 2) == [
         (QUESTION, Program("x = 1", tuple(MBPP["test_list"]), "def add")),
-        (QUESTION, Program("import math\n", tuple(MBPP["test_list"]), None)),
+        (QUESTION, Program("import math\nimport re", tuple(MBPP["test_list"]), None)),
     ]
 
 
-@pytest.mark.parametrize("tests", [[], "assert add", [1]])
-def test_tests_that_are_no_texts_are_refused(tmp_path, tests):
-    with pytest.raises(ValueError, match="line 1: test_list is"):
-        read_problems(write(tmp_path, json.dumps(MBPP | {"test_list": tests})), 1)
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"test_list": []}, "test_list is empty, should hold a test"),
+        ({"test_list": "assert add"}, 'test_list is "assert add", should be a list of texts'),
+        ({"test_list": [1]}, "test_list is 1, should be text"),
+        ({"test_list": ["\ud83d"]}, "test_list holds half a character"),
+        ({"test_imports": "import math"}, 'test_imports is "import math", should be a list'),
+        ({"test_setup_code": 5}, "test_setup_code is 5, should be text"),
+        ({"text": 5}, "text is 5, should be text"),
+        ({"code": None}, "code is null, should be text"),
+    ],
+)
+def test_a_task_is_refused_with_what_is_wrong_in_it(tmp_path, changed, said):
+    with pytest.raises(ValueError) as error:
+        read_problems(write(tmp_path, json.dumps(MBPP | changed)), 1)
+    assert "line 1: " + said in str(error.value)
 
 
 def test_examples_of_gsm8k_are_turns_before_an_open_one():
