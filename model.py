@@ -671,7 +671,7 @@ QWEN2_WORDS = (
 
 
 def token_ids(folder):
-    """{token: id} from a tokenizer's files, which building it would take longer; {}: no files."""
+    """{token: id} from a tokenizer's files, quicker than building it; {} if there are none."""
     single, vocabulary = folder / "tokenizer.json", folder / "vocab.json"
     if not single.exists() and not vocabulary.exists():
         return {}
@@ -684,6 +684,7 @@ def token_ids(folder):
         vocab = values["model"]["vocab"]
         if isinstance(vocab, list):  # Unigram's: pairs of a token and its score, in order
             vocab = {token: id for id, (token, _) in enumerate(vocab)}
+        vocab = dict(vocab)
         added = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{single}: no readable tokenizer ({error!r:.300})") from error

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from model import KVCache
@@ -149,7 +149,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = __import__("hypothesis").settings(stateful_step_count=6)
+TestCacheMachine.settings = settings(stateful_step_count=6)
 
 
 @given(canvases(DTYPES), st.integers(1, 4))
@@ -160,9 +160,7 @@ def test_slicing_the_attention_map_changes_no_value(canvas, map_rows):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_file, "MAP_ROWS", map_rows)
         _, sliced = model(tokens, return_attention=True)
-    tolerance = (
-        1e-12 if spec.dtype == torch.float64 else 2e-2 if spec.dtype == torch.bfloat16 else 1e-5
-    )
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[spec.dtype]
     torch.testing.assert_close(sliced, whole, rtol=0, atol=tolerance)
 
 
@@ -171,6 +169,15 @@ def test_asking_for_attention_changes_no_logit(canvas):
     spec, rows = canvas
     model, tokens = spec.build(), torch.tensor(rows)
     assert torch.equal(model(tokens, return_attention=True)[0], model(tokens))
+
+
+def test_attention_is_only_computed_when_asked_for(monkeypatch):
+    monkeypatch.setattr(model_file, "attention_map", None)
+    model = ModelSpec(1, 1, 1, 2, 6, seed=0).build()
+    tokens = torch.tensor([[1, 2]])
+    hidden, maps = model.hidden_states(tokens)
+    assert maps is None
+    assert torch.equal(model.head(hidden), model(tokens))
 
 
 def test_positions_without_a_cache_are_refused():

@@ -184,6 +184,18 @@ def test_an_id_that_is_none_is_refused_by_its_token(tmp_path, id):
     assert said in refusal(tmp_path, load_tokenizer) and refusal(tmp_path, read_config) == said
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"model": None}, {"model": {"vocab": "abc"}}, {"model": {"vocab": [["a"]]}}]
+    + [{"model": {"vocab": {}}, "added_tokens": added} for added in (5, [5], [{}], [{"id": 0}])],
+)
+def test_a_tokenizer_of_another_form_is_refused_by_its_file(tmp_path, values):
+    write_json(tmp_path / "tokenizer.json", values)
+    for load in (read_config, load_tokenizer):
+        said = f"{tmp_path / 'tokenizer.json'}: no readable tokenizer ("
+        assert refusal(tmp_path, load).startswith(said)
+
+
 @pytest.mark.parametrize("token, id", [("<x>", 12), ("<y>", 8), ("b", 3)])
 def test_an_added_token_whose_id_the_library_would_change_is_refused(tmp_path, token, id):
     """It counts on from the vocabulary, whatever the file says: the mask was another token."""
