@@ -18,6 +18,7 @@ problems.jsonl, the held-out problems that bench.py solves.
 
 import json
 import random
+import re
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -120,6 +121,28 @@ def verb_phrase(rng, sign, amount):
     verb = rng.choice(LOSSES)
     away = " away" if verb == "gives" else ""
     return f"{verb}{away} {amount}"
+
+
+def is_whole(question, text):
+    """Whether `problem` could give this text as the answer: every equation right and well written.
+
+    Stricter than the number behind "####", which may be right after words that went wrong.
+    """
+    name, start, item = re.match(r"(\w+) has (\d+) (\w+)\.", question).groups()
+    count = int(start)
+    pattern = re.escape(f"{name} starts with {count} {item}.")
+    for day, verb, amount in re.findall(r"On (\w+) \w+ (\w+) (?:away )?(\d+)", question):
+        sign = "+" if verb in GAINS else "-"
+        result = count + int(amount) if verb in GAINS else count - int(amount)
+        written = [
+            style.format(day=day, count=count, sign=sign, amount=amount, result=result, item=item)
+            for style in STYLES
+        ]
+        pattern += f"({'|'.join(re.escape(text) for text in written)})"
+        count = result
+
+    number = f"#### {count}"
+    return text == number or re.fullmatch(f"{pattern} {number}", text) is not None
 
 
 def grouped_problems(rng, n, group):
