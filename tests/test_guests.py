@@ -290,6 +290,24 @@ def test_dllm_cache_with_both_intervals_1_is_vanilla(spec, data):
         torch.testing.assert_close(state.confidence, vanilla.confidence, rtol=1e-8, atol=1e-8)
 
 
+def test_with_ratio_0_no_value_of_the_response_changes_between_two_refreshes():
+    """Not even where the prompt is refreshed in between; layer 0, which reads the tokens, apart."""
+    policy = DLLMCache(prompt_interval=1, response_interval=3, ratio=0.0)
+    before = None
+    for state in decode(SPEC.build(), torch.tensor([[3, 1, 4]]), 8, policy=policy):
+        values = policy.cache.v[1:, :, 3:].clone()
+        if (state.step - 1) % 3 > 0:
+            assert torch.equal(values, before)
+        before = values
+
+
+def test_the_share_recomputed_is_the_mean_over_layers():
+    policy = DLLMCache()
+    arguments = {"prompt": torch.tensor([[3, 1, 4]]), "gen_length": 8}
+    _, seen = watch(SPEC.build(), policy, arguments, ["rows"])
+    assert torch.equal(torch.stack(policy.recomputed), seen["rows"].float().mean(dim=1))
+
+
 # ---- Both ----------------------------------------------------------------------------------------
 
 
