@@ -561,10 +561,13 @@ def speed_plan(gen_length, block_length=None):
 
 
 def launched(model, plan):
-    """The plan; on a GPU every row twice, its steps launched one by one, then replayed."""
+    """The plan; on a GPU every row twice, its steps launched one by one, then replayed.
+
+    But not if the policy brings a forward pass of its own, which `decode` prefers to any other.
+    """
     for name, arguments in plan:
         yield name, arguments
-        if model.wte.weight.is_cuda:
+        if model.wte.weight.is_cuda and not hasattr(arguments["policy"], "recompute"):
             yield f"{name}, replayed", arguments | {"forward": CudaGraphs(model).recompute}
 
 

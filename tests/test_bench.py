@@ -390,13 +390,14 @@ def on_a_gpu(monkeypatch):
 
 def test_on_a_gpu_every_row_is_launched_then_replayed(monkeypatch):
     model, _ = on_a_gpu(monkeypatch)
-    rows = list(bench.launched(model, [("a", {"sigma": 1}), ("b", {})]))
-    assert [name for name, _ in rows] == ["a", "a, replayed", "b", "b, replayed"]
-    assert rows[0][1] == {"sigma": 1}
+    guest = SimpleNamespace(recompute=None)
+    plan = [("a", {"sigma": 1, "policy": 2}), ("b", {"policy": 3}), ("guest", {"policy": guest})]
+    rows = list(bench.launched(model, plan))
+    assert [name for name, _ in rows] == ["a", "a, replayed", "b", "b, replayed", "guest"]
+    assert rows[0] == plan[0]
     forward = rows[1][1].pop("forward")
-    assert rows[1][1] == {"sigma": 1}
+    assert rows[1][1] == plan[0][1]
     assert forward.__func__ is bench.CudaGraphs.recompute and forward.__self__.model is model
-    plan = [("a", {}), ("b", {})]
     assert list(bench.launched(SPEC.build(), plan)) == plan
 
 
@@ -460,10 +461,10 @@ def test_on_a_gpu_the_peak_is_measured(monkeypatch):
     bars = []
     bar = lambda rows, *about, **more: bars.append((about, more)) or rows  # noqa: E731
     monkeypatch.setattr(bench, "tqdm", bar)
-    timings, _ = bench.measure_speed(model, prompt, 2, [("a", {}), ("b", {})], (1, 1))
-    assert [timing.peak for timing in timings] == [2**30] * 2 and bars == [
-        (("speed", 4), {"unit": "policy"})
-    ]
+    plan = [("a", {"policy": 1}), ("b", {"policy": 2})]
+    timings, _ = bench.measure_speed(model, prompt, 2, plan, (1, 1))
+    assert [timing.peak for timing in timings] == [2**30] * 2
+    assert bars == [(("speed", 4), {"unit": "policy"})]
 
 
 def test_the_mean_step_counts_the_first_once_and_the_others_for_the_rest():
