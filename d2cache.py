@@ -252,7 +252,7 @@ def choose_positions(policy, state, shifted):
         chosen = torch.ones_like(state.known)
     else:
         chosen = policy.choose(state)
-    check_choice(policy, chosen, tuple(state.known.shape))
+    check_choice(policy, chosen, state)
 
     unfinished = state.block.any(dim=1, keepdim=True)
     chosen = chosen & unfinished & (state.known | state.masked)
@@ -262,9 +262,10 @@ def choose_positions(policy, state, shifted):
     return chosen, predicted
 
 
-def check_choice(policy, chosen, shape):
+def check_choice(policy, chosen, state):
     """ValueError unless what a policy chose is a mask of the canvas."""
-    said = f"policy {type(policy).__name__} chose a {type(chosen).__name__}"
+    shape = tuple(state.known.shape)
+    said = f"step {state.step + 1}: policy {type(policy).__name__} chose a {type(chosen).__name__}"
     require(torch.is_tensor(chosen), f"{said}, should be a {shape} tensor of booleans")
     said = f"{said} {tuple(chosen.shape)} {chosen.dtype}, should be {shape} torch.bool"
     require(chosen.dtype == torch.bool and chosen.shape == shape, said)
@@ -765,10 +766,16 @@ def main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise  # a bug; out of memory is none
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
         parser.error(" ".join(str(error).split()))
     print(summary, file=sys.stderr)
+
+
+def out_of_memory(error):
+    """Whether an error of torch's says so; others are bugs, and keep their traceback."""
+    said = ("out of memory", "not enough memory", "can't allocate memory")
+    return any(words in str(error) for words in said)
 
 
 def run(args):
