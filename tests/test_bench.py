@@ -505,7 +505,7 @@ def test_the_curve_times_the_first_steps_after_every_prompt(monkeypatch):
 def test_the_parts_of_a_step_are_timed_each_alone(monkeypatch):
     """Maps cost what a forward with them takes beyond one without, or nothing by round-off."""
     model, prompt = SPEC.build(), torch.ones(1, 6, dtype=torch.long)
-    states = list(decode(model, prompt, 16, **settings(16)["d2cache"]))
+    states = list(decode(model, prompt, 15, **settings(15)["d2cache"]))
     results, seconds = [], []
 
     def least_seconds(function, repeats):
@@ -514,18 +514,18 @@ def test_the_parts_of_a_step_are_timed_each_alone(monkeypatch):
 
     monkeypatch.setattr(bench, "least_seconds", least_seconds)
     seconds += [0.5, 0.75, 0.0625, 0.125]
-    parts = bench.measure_parts(model, 16, states)
+    parts = bench.measure_parts(model, 15, states)
     expected = {"forward": 500, "attention maps": 250, "head": 62.5, "selection": 125}
     assert parts == expected
     (plain, _), (with_maps, _), (head, _), (selection, _) = results
     assert plain[1] is None and with_maps[1] is not None and selection is None
     assert {repeats for _, repeats in results} == {5}
-    half = states[7]  # of 16
-    policy = settings(16)["d2cache"]["policy"]
+    half = states[7]  # of 15
+    policy = settings(15)["d2cache"]["policy"]
     chosen = policy.choose(half)
     assert plain[0].shape[1] == chosen.sum() and head[0].shape[1] == (chosen & half.masked).sum()
     seconds += [0.5, 0.25, 1, 1]
-    assert bench.measure_parts(model, 16, states)["attention maps"] == 0
+    assert bench.measure_parts(model, 15, states)["attention maps"] == 0
 
 
 # ---- Tables
@@ -585,6 +585,15 @@ def test_the_defaults_of_the_command_line():
     assert {key: value for key, value in args.items() if value is not None} == numbers | {
         "device": "cpu"
     }
+
+
+def test_the_help_sorts_the_flags_by_what_they_are_for():
+    words = " ".join(bench.make_parser().format_help().split())
+    groups = ["model: --model", "quality: --data", "speed: --prompt", "both: --gen-length"]
+    places = [words.index(group) for group in groups]
+    assert places == sorted(places)
+    assert "--revision" in words[places[0] : places[1]] and "--seed" in words[: places[2]]
+    assert "--json" in words[places[3] :]
 
 
 MISTAKES = [
