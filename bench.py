@@ -362,7 +362,7 @@ def work_done(states):
     return forwards, chosen.sum(dim=(0, 2)) / (forwards * positions)
 
 
-def solve(model, tokenizer, questions, gen_length, arguments, progress, batch=32):
+def solve(model, tokenizer, questions, gen_length, arguments, progress, batch):
     """Texts of the responses, mean forwards of a decode, mean share of positions recomputed."""
     prompts = [encode_prompt(tokenizer, question)[0] for question in questions]
     texts = []
@@ -401,7 +401,7 @@ def quality_row(name, score, marks, texts, reference, gen_length, forwards, shar
     }
 
 
-def measure_quality(model, tokenizer, problems, gen_length, plan, sampled, batch=32):
+def measure_quality(model, tokenizer, problems, gen_length, plan, sampled, batch):
     """Rows of the quality table; and what each row of the plan answers to the first problem.
 
     problems: (prompt, answer); plan: (name, arguments of `decode`) as of quality_rows; sampled():
