@@ -22,7 +22,7 @@ from pathlib import Path
 
 from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, attention_rollout, certainty_prior
 from d2cache import choose_positions, count_and_check, decode, generate, highest, load_policy
-from d2cache import pack, predict, recompute, settings
+from d2cache import out_of_memory, pack, predict, recompute, settings
 from model import Config, KVCache, Transformer, decode_response, encode_prompt
 from model import load_tokenizer, require
 
@@ -352,14 +352,20 @@ def left_padded(prompts):
     return torch.stack(padded), torch.stack(real)
 
 
-def work_done(states):
-    """Forwards of each sequence, and its mean share of positions recomputed in them.  2 x (B,)"""
+def work_done(states, policy=None):
+    """Forwards of each sequence, and its mean share of positions recomputed in them.  2 x (B,)
+
+    A policy with a forward pass of its own may say what that recomputed, as shares of the layers.
+    """
     chosen = torch.stack([state.chosen for state in states])  # (S, B, T)
     forwards = chosen.any(dim=2).sum(dim=0)  # a finished sequence chooses nothing
+    recomputed = chosen
+    if hasattr(policy, "recomputed"):
+        recomputed = torch.stack(policy.recomputed)
     positions = torch.full_like(forwards, chosen.shape[2])
     if states[0].padding is not None:
         positions = positions - states[0].padding.sum(dim=1)
-    return forwards, chosen.sum(dim=(0, 2)) / (forwards * positions)
+    return forwards, recomputed.sum(dim=(0, 2)) / (forwards * positions)
 
 
 def solve(model, tokenizer, questions, gen_length, arguments, progress, batch):
@@ -373,7 +379,7 @@ def solve(model, tokenizer, questions, gen_length, arguments, progress, batch):
         states = list(decode(model, prompt, gen_length, prompt_mask=mask, **arguments))
         for response in states[-1].tokens[:, prompt.shape[1] :]:
             texts.append(decode_response(tokenizer, response, model.config.end_ids))
-        own_forwards, own_shares = work_done(states)
+        own_forwards, own_shares = work_done(states, arguments.get("policy"))
         forwards += own_forwards.tolist()
         shares += own_shares.tolist()
         progress.update(len(prompt))
@@ -605,7 +611,7 @@ def measure_speed(model, prompt, gen_length, plan, rates):
             arguments = arguments | {"tokens_per_step": math.ceil(gen_length / FEW)}
         times, states = time_decodes(model, prompt, gen_length, arguments)
         peak = torch.cuda.max_memory_allocated() if prompt.is_cuda else None
-        _, shares = work_done(states)
+        _, shares = work_done(states, arguments.get("policy"))
         timings.append(
             Timing(
                 policy=name,
@@ -1117,8 +1123,8 @@ def main():
             text = json.dumps(result, indent=2) + "\n"
             Path(args.json).write_text(text, encoding="utf-8")
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise  # a bug; out of memory is none
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
         parser.error(" ".join(str(error).split()) or "out of memory")
 
 

@@ -210,7 +210,8 @@ class Transformer(nn.Module):
         self.config = config
         rows = config.embedding_size
         C = config.d_model
-        self.wte = nn.Embedding(rows, C)
+        # With a _weight, none is drawn: on the meta device that alone takes a second of imports.
+        self.wte = nn.Embedding(rows, C, _weight=torch.empty(rows, C))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = nn.RMSNorm(C, config.rms_norm_eps)
         self.ff_out = None if config.weight_tying else nn.Linear(C, rows, bias=False)

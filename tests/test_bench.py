@@ -145,6 +145,15 @@ def test_work_is_counted_per_sequence_in_its_own_steps_and_without_padding():
     assert shares.tolist() == pytest.approx([7 / 12, 4 / 8])
 
 
+def test_a_policy_with_a_forward_pass_of_its_own_says_what_that_recomputed():
+    class Guest:
+        recomputed = [torch.tensor([[1.0, 1.0, 1.0, 0.5]]), torch.tensor([[0.5, 0.0, 0.0, 0.0]])]
+
+    states = [state(bits("1100"), bits("0000"), bits(step)) for step in ("1111", "0011")]
+    _, shares = bench.work_done(states, Guest())
+    assert shares.tolist() == [4 / 8]
+
+
 def test_solving_in_batches_is_solving_one_by_one(monkeypatch):
     model = SPEC.build()
     ids = lambda tokenizer, text: torch.tensor([[int(c) for c in text]])  # noqa: E731
