@@ -13,7 +13,7 @@ left. The paper reports the same of LLaDA, and made the certainty prior against 
 
 Every count stays between 10 and 99 on its way, every digit is a token, and the weekday ties an
 equation of the answer to its sentence in the question. `python tests/tiny/problems.py` writes
-problems.jsonl, the held-out problems that bench.py solves.
+problems.jsonl, the held-out problems that bench.py solves; `... problems.py 7 fresh.jsonl` others.
 """
 
 import json
@@ -161,9 +161,15 @@ def grouped_problems(rng, n, group):
 
 
 def main():
-    problems = grouped_problems(random.Random(TEST_SEED), TEST_PROBLEMS, TEST_GROUP)
+    """Write the held-out problems; with a seed and a file as arguments, fresh ones."""
+    seed = TEST_SEED
+    path = Path(__file__).parent / "problems.jsonl"
+    if len(sys.argv) == 3:
+        seed = int(sys.argv[1])
+        path = Path(sys.argv[2])
+    problems = grouped_problems(random.Random(seed), TEST_PROBLEMS, TEST_GROUP)
     lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in problems]
-    (Path(__file__).parent / "problems.jsonl").write_text("".join(lines), encoding="utf-8")
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
