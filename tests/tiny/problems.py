@@ -19,6 +19,7 @@ problems.jsonl, the held-out problems that bench.py solves; `... problems.py 7 f
 import json
 import random
 import re
+import sys
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
