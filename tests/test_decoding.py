@@ -349,6 +349,12 @@ def test_policies_print_as_they_are_made_and_cannot_be_changed(policy):
             setattr(policy, name, 1)
 
 
+def test_policies_are_the_papers_unless_told_otherwise():
+    assert D2Cache() == D2Cache(k=32, p=0.1, sigma=10.0)
+    assert DelayedCache() == DelayedCache(interval=8)
+    assert SlidingWindow() == SlidingWindow(width=4)
+
+
 def test_a_state_cannot_be_changed():
     state = next(decode(SPEC.build(), prompts([[1, 2, 3]]), 4))
     with pytest.raises(FrozenInstanceError):

@@ -15,7 +15,7 @@ from d2cache import (
     rows_before,
     unpack,
 )
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import oracle
@@ -127,6 +127,7 @@ def test_rollout_neither_makes_nor_loses_influence(drawn, dtype):
 
 
 @given(scores_and_candidates(), SHARES | st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+@example(([[0.0, 0.0, 0.0]], [[False, True, True]]), 0.5)  # nothing to share: the first
 def test_nucleus_is_the_smallest_set_whose_share_exceeds_p(drawn, p):
     scores, among = drawn
     chosen = nucleus(torch.tensor(scores, dtype=torch.float64), p, torch.tensor(among))
