@@ -327,6 +327,11 @@ def test_sliding_window_chooses_the_first_masked_positions_of_the_block(state, w
         assert {i for i, c in enumerate(row) if c} == {*to_decode[:width], *fresh}
 
 
+def test_a_window_of_two_recomputes_two_masked_positions_and_the_fresh_one():
+    steps = decode(SPEC.build(), prompts([[1, 2, 3]]), 8, policy=SlidingWindow(2))
+    assert [state.chosen.sum().item() for state in steps] == [11] + [3] * 6 + [2]
+
+
 @pytest.mark.parametrize(
     "tokens_per_step, full", [(1, {1, 2, 4, 7, 9, 10, 12, 15}), (2, {1, 2, 3, 4, 5, 6, 7, 8})]
 )
