@@ -261,7 +261,7 @@ def is_right(text, answer):
 
 def runs(program, tests):
     """Whether a program passes its tests. It executes what a model wrote: for --run-code alone."""
-    folder = str(EMBEDDED_MODEL.parent)
+    folder = str(EMBEDDED_MODEL.parent / "scoring")
     if folder not in sys.path:
         sys.path.append(folder)
     from run_code import passes

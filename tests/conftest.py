@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "tiny")]
+ROOMS = [folder for folder in sorted(HERE.iterdir()) if folder.is_dir()]
+sys.path[:0] = [str(folder) for folder in (HERE.parent, HERE, *ROOMS)]
 
 import model  # noqa: E402, F401  (first: it quiets torch's import)
 import pytest  # noqa: E402
@@ -35,7 +36,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs CUDA, skipped without")
     text = config.getoption("--policy")
     if text is None:
         return

@@ -12,7 +12,7 @@ import pytest
 from d2cache import COLOURS, EMBEDDED_MODEL, EXAMPLE, generate, settings
 from model import Transformer, decode_response, encode_prompt, load_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(program, *arguments, **options):

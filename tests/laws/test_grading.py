@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import test_decoding
 from strategies import POLICIES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SUBMISSION = '''
 from dataclasses import dataclass
 
@@ -108,7 +108,7 @@ def test_a_lawful_policy_passes_and_nothing_but_laws_is_run(submission):
     ],
 )
 def test_an_unlawful_policy_fails_by_the_first_law_that_it_breaks(submission, name, verdict):
-    result = grade(submission, name, ROOT / "tests" / "test_decoding.py")
+    result = grade(submission, name, ROOT / "tests" / "laws" / "test_decoding.py")
     assert result.returncode == 1
     assert "\n1 failed" in result.stdout and verdict in result.stdout
 

@@ -32,7 +32,7 @@ from model import Transformer, decode_response, encode_prompt, load_tokenizer
 import oracle
 from checkpoints import write_qwen2
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 G = 24  # response tokens of a decode here
 SIGMA = settings(G)["d2cache"]["sigma"]
 EVERY_POLICY = pytest.mark.parametrize("policy", settings(G))

@@ -20,7 +20,7 @@ import oracle
 from strategies import ModelSpec, decodes, left_padded, model_specs
 
 HERE = Path(__file__).parent
-GOLDEN = HERE / "golden"
+GOLDEN = HERE.parent / "golden"
 ELASTIC = load_file(GOLDEN / "relatives" / "elastic.safetensors")
 ELASTIC_RUNS = json.loads((GOLDEN / "relatives" / "elastic.json").read_text())
 DLLM = load_file(GOLDEN / "relatives" / "dllm.safetensors")
@@ -357,7 +357,7 @@ def test_a_guest_that_is_in_two_decodes_at_once_is_refused(guest):
 ])  # fmt: skip
 def test_a_guest_is_loaded_like_any_policy(text, tokens_of):
     model, arguments = SPEC.build(), {"prompt": torch.tensor([[3, 1, 4]]), "gen_length": 8}
-    loaded = load_policy(f"{HERE / 'guests'}/{text}")
+    loaded = load_policy(f"{HERE}/{text}")
     ours = generate(model, policy=loaded, **arguments)
     assert torch.equal(ours, generate(model, policy=tokens_of, **arguments))
 
