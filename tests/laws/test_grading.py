@@ -16,7 +16,7 @@ import test_decoding
 from strategies import POLICIES
 
 ROOT = Path(__file__).parents[2]
-SUBMISSION = '''
+SUBMISSION = """
 from dataclasses import dataclass
 
 from d2cache import D2Cache, highest
@@ -71,7 +71,7 @@ class SaysNothingOfAttention:
 
 THREE = Lawful(k=3)
 ROWS = [1, 2]
-'''
+"""
 
 
 @pytest.fixture(scope="module")
