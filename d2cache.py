@@ -871,10 +871,7 @@ def make_parser():
 
 
 def decode_arguments(args):
-    """Arguments of `decode` for the policy, the order and the sampling that the command line names.
-
-    With --block-length every policy commits by confidence.
-    """
+    """Arguments of `decode` for the policy, and the order, that the command line names."""
     check_whole("--gen-length", args.gen_length)
     require(0 <= args.seed < 2**63, f"--seed is {args.seed}, should be from 0 to 2**63 - 1")
     ours = paper_settings(args.gen_length)
@@ -886,8 +883,6 @@ def decode_arguments(args):
         arguments = {"policy": load_policy(args.policy)}
     if args.block_length is not None:
         arguments |= {"block_length": args.block_length}
-    if args.temperature > 0:
-        arguments["generator"] = torch.Generator(args.device).manual_seed(args.seed)
     arguments |= {"threshold": args.threshold, "temperature": args.temperature}
     return arguments | {"stop_at_eos": args.stop_at_eos}
 
@@ -899,6 +894,8 @@ def run(args):
     tokenizer = load_tokenizer(args.model, args.revision)
     prompt = encode_prompt(tokenizer, args.prompt)
     model = Transformer.from_pretrained(args.model, args.device, args.dtype, args.revision)
+    if args.temperature > 0:
+        arguments["generator"] = torch.Generator(args.device).manual_seed(args.seed)
     end_ids = model.config.end_ids if args.stop_at_eos else ()
     watched = not args.trace and shows_colours(sys.stdout)
 
