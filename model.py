@@ -616,7 +616,7 @@ def read_config(path):
     model_type = values.get("model_type")
     require_known(model_type, where=f"{path}: ")
 
-    keys = {f.name: f.name for f in fields(Config)}
+    keys = {f.name: f.name for f in fields(Config) if f.name != "other_end_ids"}
     if "hidden_size" in values:
         keys |= HF_KEYS
         values.setdefault("attention_bias", QKV_BIAS[model_type])
@@ -671,7 +671,7 @@ def refuse_other_computations(path, values, fixed, read):
             other = f"{path}: {key} is {shown(value)}, but only {fixed[key]!r} is implemented"
             require(value == fixed[key], other)
         elif key not in read and key not in FREE and not key.startswith("_"):
-            unknown = f"{path}: {shown(key)} is {shown(value)}, and nothing here knows what it asks"
+            unknown = f"{path}: {key[:100]} is {shown(value)}, and nothing here knows what it asks"
             require(not value, unknown)
 
 
