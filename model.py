@@ -393,8 +393,6 @@ def read_tokenizer(folder):
         raise
     except BaseException as error:  # the library raises any Exception, and its panics are none
         raise ValueError(f"{folder}: no readable tokenizer ({str(error)[:500]})") from error
-    tokenizer.no_truncation()  # a file may have been saved with either, for training
-    tokenizer.no_padding()
 
     # The library ignores the ids of added tokens: they get the vocabulary's or the next.
     added = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
@@ -489,8 +487,12 @@ def encode_prompt(tokenizer, text):
 
 
 def without_control(tokenizer):
-    """A tokenizer like this one, for which special tokens are text like any other."""
-    literal = Tokenizer(tokenizer.model)  # shared, not copied
+    """A tokenizer like this one, for which special tokens are text like any other.
+
+    Without the truncation and padding that a file may have been saved with, for training. The
+    model is shared, not copied; the tokenizer itself, which threads may share, is left as it is.
+    """
+    literal = Tokenizer(tokenizer.model)
     literal.normalizer = tokenizer.normalizer
     literal.pre_tokenizer = tokenizer.pre_tokenizer
     added = tokenizer.get_added_tokens_decoder()
