@@ -14,29 +14,31 @@ LLaDA: arXiv 2502.09992, Dream: 2508.15487. Index order is always batch, positio
 """
 
 import json
+import re
 import sys
 import warnings
 from dataclasses import MISSING, dataclass, fields, replace
-from math import prod
 from pathlib import Path
-from typing import NamedTuple
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # nothing here needs it
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import nn
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of rows, for 30 ms
 
 DTYPES = {
-    "float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
     "float16": torch.float16,
-}  # fmt: skip
-# By model_type, the layouts known to be implemented: does row i - 1 of the logits predict i?
+}
+# The layouts implemented, by model_type, and whether row i - 1 of their logits predicts position i.
 SHIFTED = {"llada": False, "illada": False, "a2d-qwen2": False, "Dream": True}
 MAP_ROWS = 256  # query rows in a slice of the attention map: all take H * Q * T numbers
 
@@ -92,7 +94,7 @@ class Config:
     def from_json(path):
         """The Config of a config.json, in LLaDA's layout or that of Hugging Face's Llama.
 
-        The tokenizer's files beside it tell which ids have a token, and which end an answer.
+        The tokenizer beside it tells which ids have a token, and which end an answer.
         Raises ValueError naming file, key and value if one is missing or not implemented here.
         """
         return read_config(Path(path))
@@ -285,7 +287,8 @@ class Transformer(nn.Module):
     def from_pretrained(path_or_repo_id, device="cpu", dtype=None, revision=None):
         """The model of a checkpoint folder or hub repository, frozen, read straight onto `device`.
 
-        dtype None keeps the checkpoint's; revision is a branch, tag or commit of the repository.
+        dtype is a torch.dtype or its name in DTYPES; None keeps the checkpoint's. revision is a
+        branch, tag or commit of the repository.
         Raises ValueError, naming file, key or tensor, if anything in the folder is missing,
         corrupt, unsupported, or does not fit its config.json.
         """
@@ -303,27 +306,281 @@ class Transformer(nn.Module):
         return positions
 
 
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+def shown(value):
+    """A value for a message, not longer than a line."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def checkpoint_folder(path_or_repo_id, revision=None):
+    """The local folder of a checkpoint, downloaded from the hub if it is not one already."""
+    name = str(path_or_repo_id)
+    if name and Path(name).is_dir():
+        local = f"revision is {revision!r}, but {name} is a local folder, which has none"
+        require(revision is None, local)
+        return Path(name)
+
+    patterns = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # errors of the hub, its cache and HTTP share no base class
+        # The first line is a number of HTTP, the reason (gated? missing?) stands below.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"the hub does not give it: {' '.join(lines[:4])[:500]}"
+        raise ValueError(f"{name!r} is no local folder, and {reason}") from error
+
+
+def require_no_pointer(file):
+    """ValueError if git-LFS left a pointer in place of a file."""
+    if file.is_file():
+        with open(file, "rb") as stream:
+            start = stream.read(100)
+        pointer = f"{file}: a pointer of git-LFS, `git lfs pull` gets the file itself"
+        require(not start.startswith(b"version https://git-lfs"), pointer)
+
+
+def read_text(file):
+    """The text of a file; ValueError if there is none."""
+    require_no_pointer(file)
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: no readable text ({error})") from error
+
+
+def read_json(file):
+    """The JSON object in a file; ValueError if there is none."""
+    text = read_text(file)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: no readable JSON ({error})") from error
+    require(isinstance(values, dict), f"{file}: holds {type(values)}, should hold a JSON object")
+    return values
+
+
+def read_optional_json(file):
+    """The JSON object in a file; {} if there is no such file."""
+    return read_json(file) if file.exists() else {}
+
+
+# ---- Text ----------------------------------------------------------------------------------------
+
+# The chat templates of LLaDA-Instruct (which strips the text) and of Dream, for a single question.
+LLADA_TEMPLATE = (
+    "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+CHATML_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+CHATML_TEMPLATE = CHATML_SYSTEM + "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+CONTROL = re.compile(r"(<\|\w+\|>)")
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # models write them before the end of sequence
+
+# How Qwen2, and so Dream, cuts a text into words.
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def load_tokenizer(path_or_repo_id, revision=None):
+    """The tokenizer of tokenizer.json, or else of Qwen2's three files; ValueError without any.
+
+    One line on stderr if the checkpoint's own chat template is not the one used here.
+    """
+    folder = checkpoint_folder(path_or_repo_id, revision)
+    tokenizer = read_tokenizer(folder)
+    neither = f"{folder}: no readable tokenizer (neither tokenizer.json nor vocab.json is there)"
+    require(tokenizer is not None, neither)
+
+    base = "-base" in Path(path_or_repo_id).name.lower()
+    note = note_on_the_template(folder, template_of(tokenizer), base)
+    if note:
+        print(f"note: {path_or_repo_id} {note}", file=sys.stderr)
+    return tokenizer
+
+
+def read_tokenizer(folder):
+    """The Tokenizer of a checkpoint's folder; None if it has none; ValueError if it is damaged."""
+    file = folder / "tokenizer.json"
+    if not file.exists() and not (folder / "vocab.json").exists():
+        return None
+
+    try:
+        if file.exists():
+            values = read_json(file)
+            tokenizer = Tokenizer.from_file(str(file))
+        else:
+            values = qwen2_tokenizer(folder)
+            tokenizer = Tokenizer.from_str(json.dumps(values))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the library raises any Exception, and its panics are none
+        raise ValueError(f"{folder}: no readable tokenizer ({str(error)[:500]})") from error
+
+    # The library ignores the ids of added tokens: they get the vocabulary's or the next.
+    added = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
+    wrong = [token for token, id in added.items() if tokenizer.token_to_id(token) != id]
+    require(not wrong, f"{folder}: the ids of {shown(wrong)} should follow the vocabulary's")
+    return tokenizer
+
+
+def qwen2_tokenizer(folder):
+    """Qwen2's vocab.json, merges.txt and added tokens, as tokenizer.json would hold them."""
+    lines = read_text(folder / "merges.txt").split("\n")
+    merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+    words = {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated"}
+    letters = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    return {
+        "added_tokens": added_tokens(folder),
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [words | {"invert": False}, letters | {"trim_offsets": True}],
+        },
+        "decoder": letters | {"trim_offsets": True},
+        "model": {"type": "BPE", "vocab": read_json(folder / "vocab.json"), "merges": merges},
+    }
+
+
+def added_tokens(folder):
+    """Those of added_tokens.json and tokenizer_config.json as in tokenizer.json, by their ids."""
+    listed = folder / "added_tokens.json"
+    described = read_optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    found = {}
+    if listed.exists() or not described:
+        for token, id in read_json(listed).items():
+            found[id] = PLAIN_TOKEN | {"id": id, "content": token, "special": True}
+    for id, token in (described or {}).items():
+        found[int(id)] = token | {"id": int(id)}
+    return [found[id] for id in sorted(found)]
+
+
+def template_of(tokenizer):
+    """The chat template whose control tokens the tokenizer has; None if it has those of neither."""
+    for template in (LLADA_TEMPLATE, CHATML_TEMPLATE):
+        if all(tokenizer.token_to_id(token) is not None for token in CONTROL.findall(template)):
+            return template
+    return None
+
+
+def note_on_the_template(folder, template, base):
+    """What a user should know if the chat template is not the checkpoint's own; else None."""
+    own = read_optional_json(folder / "tokenizer_config.json").get("chat_template")
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        own = read_text(file)
+    if template is None:
+        return own and "has a chat template that is not implemented: the prompt goes without one"
+    if own is None or base:
+        return "looks like a base model: the prompt is put into a chat template all the same"
+
+    own = str(own).replace("\\\\", "\\").replace("\\n", "\n")  # a list, if there are several
+    fixed = ("<|start_header_id|>", "<|end_header_id|>\n\n", "trim", "<|eot_id|>", "bos_token")
+    same = all(text in own for text in fixed) and "system" not in own
+    if template == CHATML_TEMPLATE:
+        same = CHATML_SYSTEM in own
+    return None if same else "has a chat template other than the one that the prompt is put into"
+
+
+def encode_prompt(tokenizer, text):
+    """A user's text, in the chat template if there is one.  -> (1, P) ids, or ValueError
+
+    Only the template's own control tokens become control ids: those that the text spells out stay
+    text. A tokenizer cuts at control tokens first, so all ids are those of the whole template.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        wrong = text[error.start : error.end]
+        raise ValueError(f"prompt holds {wrong!r}, half a character: no Unicode text") from error
+
+    template = template_of(tokenizer) or "{text}"
+    if template == LLADA_TEMPLATE:
+        text = text.strip()
+
+    literal = without_control(tokenizer)
+    ids = []
+    for piece in CONTROL.split(template):
+        if CONTROL.fullmatch(piece):
+            ids.append(tokenizer.token_to_id(piece))
+        else:
+            ids += literal_ids(literal, piece.replace("{text}", text))
+    require(ids, f"prompt is {text!r}, should hold at least one token")
+    return torch.tensor([ids])
+
+
+def without_control(tokenizer):
+    """A tokenizer like this one, for which special tokens are text like any other.
+
+    Without the truncation and padding that a file may have been saved with, for training. The
+    model is shared, not copied; the tokenizer itself, which threads may share, is left as it is.
+    """
+    literal = Tokenizer(tokenizer.model)
+    literal.normalizer = tokenizer.normalizer
+    literal.pre_tokenizer = tokenizer.pre_tokenizer
+    added = tokenizer.get_added_tokens_decoder()
+    literal.add_tokens([added[id] for id in sorted(added)])
+    literal.encode_special_tokens = True
+    return literal
+
+
+def literal_ids(literal, text):
+    """The ids of a text, or ValueError if one is unknown or control; see `without_control`."""
+    try:
+        encoding = literal.encode(text, add_special_tokens=False)
+    except Exception as error:  # the library raises nothing more specific
+        raise ValueError(f"prompt: this tokenizer cannot encode it ({error})") from error
+
+    unk = getattr(literal.model, "unk_token", None)
+    pieces = zip(encoding.tokens, encoding.offsets)
+    unknown = [text[start:stop].strip() for token, (start, stop) in pieces if token == unk]
+    require(not unknown, f"prompt: this model has no token for {unknown}")
+
+    added = literal.get_added_tokens_decoder().values()
+    special = {token.content for token in added if token.special}
+    special.update(CONTROL.findall(LLADA_TEMPLATE + CHATML_TEMPLATE))
+    control = [token for token in encoding.tokens if token in special]
+    require(not control, f"prompt: this tokenizer takes {control} for control tokens")
+    return encoding.ids
+
+
+def decode_response(tokenizer, response, eos_token_id):
+    """The text of a response, (gen_length,) ids, up to the first token that ends an answer.
+
+    eos_token_id: one id or several; the tokenizer's end-of-turn tokens end an answer too.
+    """
+    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    ends |= {tokenizer.token_to_id(token) for token in END_OF_TURN}
+    ids = response.tolist()
+    length = next((i for i, id in enumerate(ids) if id in ends), len(ids))
+    return tokenizer.decode(ids[:length]).strip()
+
+
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
-# Every key of config.json that changes what a model computes is a field of Config, or stands here
-# with the one value implemented (absent is fine; None: absent, null, false, zero or empty), or is
-# looked at in `read_config`. LLaDA's own keys, and what OLMo, its origin, has beside them:
-IMPLEMENTED = dict(
-    block_type="llama", block_group_size=1, activation_type="silu", include_bias=False,
-    multi_query_attention=None, clip_qkv=None, layer_norm_type="rms", layer_norm_with_affine=True,
-    bias_for_layer_norm=False, attention_layer_norm=False, input_emb_norm=False, scale_logits=False,
-    rope=True, rope_full_precision=True, alibi=False, sliding_window=None,
+# config.json may hold what a Config needs, these keys with the one value that is implemented, and
+# keys without influence on a logit. Any other must be null, false, zero or empty: who knows what it
+# asks for. LLaDA's own keys come first, then those of Hugging Face's Llama and what grew from it.
+FIXED = dict(
+    block_type="llama", block_group_size=1, activation_type="silu", layer_norm_type="rms",
+    layer_norm_with_affine=True, rope=True, rope_full_precision=True,
+    hidden_act="silu", rope_type="default", type="default", factor=1.0, partial_rotary_factor=1.0,
+    rotary_pct=1.0, logit_scale=1.0, logits_scaling=1.0, embedding_multiplier=1.0,
+    residual_multiplier=1.0,
 )  # fmt: skip
-# Those of the layout of Hugging Face's Llama, and of models that grew from it:
-HF_IMPLEMENTED = dict(
-    hidden_act="silu", mlp_bias=False, use_mrope=False, layer_norm_eps=None, rope_type="default",
-    partial_rotary_factor=1.0, rotary_pct=1.0, qk_norm=None, use_qk_norm=None, qk_layernorm=None,
-    final_logit_softcapping=None, attn_logit_softcapping=None, logit_scale=1.0, logits_scaling=1.0,
-    attention_multiplier=None, embedding_multiplier=1.0, residual_multiplier=1.0,
-    num_experts=None, num_local_experts=None, n_routed_experts=None, num_experts_per_tok=None,
-    quantization_config=None, quantization=None, compression_config=None,
-)  # fmt: skip
-PLAIN_ROPE = dict(rope_type="default", type="default", factor=1.0, partial_rotary_factor=1.0)
+FREE = """
+    alibi_bias_max attention_dropout attention_layer_norm_with_affine embedding_dropout
+    flash_attention init_cutoff_factor init_device init_fn init_std mlp_ratio precision
+    residual_dropout
+    architectures attn_implementation auto_map bos_token_id dtype embd_pdrop gradient_checkpointing
+    initializer_range max_window_layers pad_token_id pretraining_tp resid_pdrop return_dict
+    tokenizer_class torch_dtype transformers_version unsloth_fixed unsloth_version use_cache
+""".split()
 
 # What config.json does not say: biases of q, k and v, and the mask where the tokenizer is silent.
 QKV_BIAS = {"llada": False, "illada": False, "a2d-qwen2": True, "Dream": True}
@@ -336,18 +593,16 @@ HF_KEYS = dict(
     d_model="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
     n_kv_heads="num_key_value_heads", mlp_hidden_size="intermediate_size",
     embedding_size="vocab_size", max_sequence_length="max_position_embeddings",
-    weight_tying="tie_word_embeddings",
+    include_qkv_bias="attention_bias", weight_tying="tie_word_embeddings",
 )  # fmt: skip
-PREFIX = "model.transformer."
-HEAD = PREFIX + "ff_out.weight"
-HF_NAMES = {  # of tensors, and what LLaDA calls them
-    "model.embed_tokens.": PREFIX + "wte.", "model.layers.": PREFIX + "blocks.",
-    "model.norm.": PREFIX + "ln_f.", "lm_head.": PREFIX + "ff_out.",
-    "input_layernorm.": "attn_norm.", "post_attention_layernorm.": "ff_norm.",
-    "self_attn.o_proj.": "attn_out.", "self_attn.": "", "mlp.gate_proj.": "ff_proj.",
-    "mlp.up_proj.": "up_proj.", "mlp.down_proj.": "ff_out.",
+TENSOR_NAMES = {  # parts of them, and what they are called here
+    "model.transformer.": "", "model.embed_tokens.": "wte.", "model.layers.": "blocks.",
+    "model.norm.": "ln_f.", "lm_head.": "ff_out.", "input_layernorm.": "attn_norm.",
+    "post_attention_layernorm.": "ff_norm.", "self_attn.o_proj.": "attn_out.", "self_attn.": "",
+    "mlp.gate_proj.": "ff_proj.", "mlp.up_proj.": "up_proj.", "mlp.down_proj.": "ff_out.",
 }  # fmt: skip
-STORED_DTYPES = dict(zip(("F64", "F32", "BF16", "F16"), DTYPES.values()))
+# Tables that follow from the config; some checkpoints hold them nevertheless.
+TABLES = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached", "position_ids")
 
 
 def require_a_transformer(config):
@@ -355,11 +610,12 @@ def require_a_transformer(config):
     for f in fields(config):
         value = getattr(config, f.name)
         kinds = (int, float) if f.type is float else (f.type,)
-        require(type(value) in kinds, f"{f.name} is {shown(value)}, should be {f.type.__name__}")
+        kind = f"{f.name} is {shown(value)}, should be {f.type.__name__}"
+        require(type(value) in kinds, kind)
         if f.type in (int, float):
             least = 1 if f.type is int and not f.name.endswith("_id") else 0
-            said = f"{f.name} is {shown(value)}, should be from {least} to 2**63"
-            require(least <= value < 2**63, said)
+            size = f"{f.name} is {shown(value)}, should be from {least} to 2**63"
+            require(least <= value < 2**63, size)
     require_known(config.model_type)
 
     C, H, G = config.d_model, config.n_heads, config.n_kv_heads
@@ -368,75 +624,94 @@ def require_a_transformer(config):
 
     V, rows = config.vocab_size, config.embedding_size
     require(V <= rows, f"vocab_size is {V}, should be at most embedding_size {rows}")
-    ids = {"mask_token_id": config.mask_token_id, "eos_token_id": config.eos_token_id}
-    for name, id in [*ids.items(), *(("other_end_ids", id) for id in config.other_end_ids)]:
-        fits = type(id) is int and 0 <= id < rows
-        require(fits, f"{name} is {shown(id)}, should be from 0 to {rows - 1}")
+    for name in ("mask_token_id", "eos_token_id", "other_end_ids"):
+        value = getattr(config, name)
+        ids = value if name == "other_end_ids" else [value]
+        fit = all(type(id) is int and 0 <= id < rows for id in ids)
+        require(fit, f"{name} is {shown(value)}, should be from 0 to {rows - 1}")
 
 
 def require_known(model_type, where=""):
     """ValueError unless the layout is one of those implemented."""
     known = list(SHIFTED)
-    said = f"{where}model_type is {shown(model_type)}, but only {known} are implemented"
-    require(model_type in known, said)
-
-
-def shown(value):
-    """A value for a message, not longer than a line."""
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-def some(names):
-    """The first few of many names, for a message."""
-    listed = ", ".join(name[:100] for name in names[:3])
-    return listed if len(names) <= 3 else f"{listed} and {len(names) - 3} more"
+    unknown = f"{where}model_type is {shown(model_type)}, but only {known} are implemented"
+    require(model_type in known, unknown)
 
 
 def read_config(path):
     """The Config of the config.json at `path`; see Config.from_json."""
-    values = read_json(path)
-    keys = {f.name: f.name for f in fields(Config)}
+    values = plain_values(path)
+    if "hidden_size" not in values:
+        values.setdefault("model_type", "llada")  # nobody else has its keys
+    model_type = values.get("model_type")
+    require_known(model_type, where=f"{path}: ")
+
+    keys = {f.name: f.name for f in fields(Config) if f.name != "other_end_ids"}
     if "hidden_size" in values:
         keys |= HF_KEYS
-    # LLaDA's own keys may do without a model_type: nobody else has them.
-    model_type = values.get("model_type", "llada" if "d_model" in values else None)
-    require_known(model_type, where=f"{path}: ")
-    refuse_what_is_not_implemented(path, values)
+        values.setdefault("attention_bias", QKV_BIAS[model_type])
+    ours = {name: values[key] for name, key in keys.items() if key in values}
 
-    ours = {name: values.get(key) for name, key in keys.items()}
-    ours["model_type"] = model_type
-    ours["rope_theta"] = rope_theta(path, values)
-    if "hidden_size" in values:
-        ours["include_qkv_bias"] = qkv_bias(path, values, model_type)
-
-    ids = token_ids(path.parent)
-    if ids and type(ours["vocab_size"]) is int:  # it may count embedding rows without a token
-        ours["vocab_size"] = min(ours["vocab_size"], 1 + max(ids.values()))
-    if ours["mask_token_id"] is None:
-        ours["mask_token_id"] = mask_token_id(path.parent, ids, model_type)
-    ends = end_ids(path, values)
-    ours["eos_token_id"] = ends[0] if ends else None
-    ours["other_end_ids"] = None  # it needs the size of the embedding, checked first
-
+    tokenizer = read_tokenizer(path.parent)
+    ids = {} if tokenizer is None else tokenizer.get_vocab()
+    mask = mask_token(path.parent, model_type)
+    if mask in ids:
+        ours.setdefault("mask_token_id", ids[mask])
+    ends = listed_ends(path, values)
+    if ends:
+        ours["eos_token_id"] = ends[0]
     config = make_config(path, ours, keys)
-    head_dim = values.get("head_dim")
-    said = f"{path}: head_dim is {shown(head_dim)}, but only {config.head_dim} is implemented"
-    require(head_dim in (None, config.head_dim), said)
 
-    turns = [ids[token] for token in END_OF_TURN if token in ids]
-    others = dict.fromkeys(id for id in [*ends, *turns] if id < config.embedding_size)
-    return replace(config, other_end_ids=tuple(id for id in others if id != config.eos_token_id))
+    fixed = FIXED | {"head_dim": config.head_dim, "attention_bias": QKV_BIAS[model_type]}
+    refuse_other_computations(path, values, fixed, read=keys.values())
+
+    # The embedding may have rows without a token, and not every id has a row.
+    vocab_size = min(config.vocab_size, 1 + max(ids.values(), default=config.vocab_size))
+    ends += [ids[token] for token in END_OF_TURN if token in ids]
+    others = dict.fromkeys(id for id in ends if id < config.embedding_size)
+    others.pop(config.eos_token_id)
+    return replace(config, vocab_size=vocab_size, other_end_ids=tuple(others))
+
+
+def plain_values(path):
+    """What a config.json says, without null and without a level for the rotary embedding."""
+    values = read_json(path)
+    for group in ("rope_scaling", "rope_parameters"):
+        inner = values.pop(group, None) or {}
+        require(isinstance(inner, dict), f"{path}: {group} is {shown(inner)}, should be an object")
+        for key, value in inner.items():
+            if values.get(key) is None:
+                values[key] = value
+            twice = f"{path}: {key} is {shown(values[key])}, but {shown(value)} in {group}"
+            require(value in (None, values[key]), twice)
+
+    # Some files hold what they do not use, or one name for each layer.
+    if values.get("use_sliding_window") is False:
+        values.pop("sliding_window", None)
+    types = values.get("layer_types")
+    if isinstance(types, list) and all(kind == "full_attention" for kind in types):
+        del values["layer_types"]
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def refuse_other_computations(path, values, fixed, read):
+    """ValueError for a key that asks, for all one knows, for another computation than ours."""
+    for key, value in values.items():
+        if key in fixed:
+            other = f"{path}: {key} is {shown(value)}, but only {fixed[key]!r} is implemented"
+            require(value == fixed[key], other)
+        elif key not in read and key not in FREE and not key.startswith("_"):
+            unknown = f"{path}: {key[:100]} is {shown(value)}, and nothing here knows what it asks"
+            require(not value, unknown)
 
 
 def make_config(path, ours, keys):
-    """The Config of values under our names (None: absent); a message names those of the file."""
-    given = {name: value for name, value in ours.items() if value is not None}
+    """The Config of values under our names; a message names the keys of the file."""
     needed = [f.name for f in fields(Config) if f.default is MISSING]
-    missing = dict.fromkeys(keys[name] for name in needed if name not in given)
+    missing = dict.fromkeys(keys[name] for name in needed if name not in ours)
     require(not missing, f"{path}: missing keys {list(missing)}")
     try:
-        return Config(**given)
+        return Config(**ours)
     except ValueError as error:
         message = str(error)
         for name, key in keys.items():
@@ -444,107 +719,27 @@ def make_config(path, ours, keys):
         raise ValueError(f"{path}: {message}") from error
 
 
-def refuse_what_is_not_implemented(path, values):
-    """ValueError for a key that asks for another computation than the one above."""
-    for key, implemented in (IMPLEMENTED | HF_IMPLEMENTED).items():
-        value = values.get(key, implemented)
-        same = value == implemented or not value and not implemented
-        if key == "sliding_window" and values.get("use_sliding_window") is False:
-            same = True  # some files hold one nevertheless
-        said = f"{path}: {key} is {shown(value)}, but only {implemented!r} is implemented"
-        require(same, said)
-
-    types = values.get("layer_types") or []
-    full = isinstance(types, list) and all(kind == "full_attention" for kind in types)
-    said = f"{path}: layer_types is {shown(types)}, but only 'full_attention' is implemented"
-    require(full, said)
-
-
-def rope_theta(path, values):
-    """The base of the rotary embedding, from wherever a file keeps it; ValueError if it scales."""
-    thetas = [values.get("rope_theta")]
-    for key in ("rope_scaling", "rope_parameters"):
-        said = values.get(key) or {}
-        plain = isinstance(said, dict) and all(
-            name == "rope_theta" or name in PLAIN_ROPE and value in (None, PLAIN_ROPE[name])
-            for name, value in said.items()
-        )
-        message = f"{path}: {key} is {shown(said)}, but only the default rope_type is implemented"
-        require(plain, message)
-        thetas.append(said.get("rope_theta"))
-
-    thetas = [theta for theta in thetas if theta is not None]
-    one = all(theta == thetas[0] for theta in thetas)
-    require(one, f"{path}: rope_theta is {shown(thetas)}, should be one number")
-    return thetas[0] if thetas else None
-
-
-def qkv_bias(path, values, model_type):
-    """Whether q, k and v have biases: Qwen2 always, Llama never (or its output has one too)."""
-    biased = QKV_BIAS[model_type]
-    value = values.get("attention_bias")
-    said = f"{path}: attention_bias is {shown(value)}, but only {biased} is implemented"
-    require(value in (None, biased), f"{said} for {model_type}")
-    return biased
-
-
-def mask_token_id(folder, ids, model_type):
-    """The id of [MASK], where config.json is silent; None if the tokenizer has none."""
-    token = tokenizer_config(folder).get("mask_token")
+def mask_token(folder, model_type):
+    """The text of [MASK], as tokenizer_config.json has it, else as its layout has."""
+    token = read_optional_json(folder / "tokenizer_config.json").get("mask_token")
     if isinstance(token, dict):
         token = token.get("content")
-    if token is None:
-        token = MASK_TOKENS[model_type]
-    return ids.get(token) if isinstance(token, str) else None
+    return token if isinstance(token, str) else MASK_TOKENS[model_type]
 
 
-def end_ids(path, values):
+def listed_ends(path, values):
     """The ids that end an answer, as config.json and generation_config.json list them."""
-    sources = {path: values}
     generation = path.parent / "generation_config.json"
-    if generation.exists():
-        sources[generation] = read_json(generation)
-
+    sources = {path: values, generation: read_optional_json(generation)}
     found = []
-    for file, said in sources.items():
-        eos = said.get("eos_token_id")
-        listed = eos if isinstance(eos, list) else [eos]
-        right = all(id is None or type(id) is int and id >= 0 for id in listed)
-        require(right, f"{file}: eos_token_id is {shown(eos)}, should be ids")
-        found += listed
-    return [id for id in found if id is not None]
-
-
-def load_model(path_or_repo_id, device, dtype, revision):
-    """The Transformer of a checkpoint; see Transformer.from_pretrained."""
-    dtype = DTYPES.get(dtype, dtype)
-    fault = f"dtype is {dtype}, should be None or of {list(DTYPES)}"
-    require(dtype in (None, *DTYPES.values()), fault)
-    require_device(device, torch.float32 if dtype is None else dtype)
-    folder = checkpoint_folder(path_or_repo_id, revision)
-    config = Config.from_json(folder / "config.json")
-    adapter = folder / "adapter_config.json"
-    require(not adapter.exists(), f"{adapter}: adapters are not implemented, should be merged")
-
-    stored = stored_tensors(folder)
-    dtypes = sorted({tensor.dtype for tensor in stored.values()}, key=str)
-    said = f"{folder}: mixes {dtypes}, choose the dtype to convert all to (--dtype)"
-    require(dtype is not None or len(dtypes) == 1, said)
-    require_device(device, dtype or dtypes[0])
-
-    require_sizes_within(folder, config, stored)
-    with torch.device("meta"):
-        model = Transformer(config)
-    require_fit(folder, model, stored)
-
-    tensors = read_tensors(stored, device, dtype)
-    if config.weight_tying and HEAD in tensors:
-        same = torch.equal(tensors.pop(HEAD), tensors[PREFIX + "wte.weight"])
-        said = f"{folder}: the embedding is the head too, says config.json, but the files hold a"
-        require(same, f"{said} head unlike it, {stored[HEAD].name}")
-    parameters = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    model.load_state_dict(parameters, assign=True)
-    return model.requires_grad_(False)
+    for file, source in sources.items():
+        eos = source.get("eos_token_id")
+        if eos is not None:
+            listed = eos if isinstance(eos, list) else [eos]
+            right = all(type(id) is int and id >= 0 for id in listed)
+            require(right, f"{file}: eos_token_id is {shown(eos)}, should be ids")
+            found += listed
+    return found
 
 
 def require_device(device, dtype):
@@ -554,45 +749,6 @@ def require_device(device, dtype):
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"device is {str(device)!r}, torch refuses {dtype}: {reason}") from error
-
-
-def checkpoint_folder(path_or_repo_id, revision=None):
-    """The local folder of a checkpoint, downloaded from the hub if it is not one already."""
-    if str(path_or_repo_id) and Path(path_or_repo_id).is_dir():
-        said = f"revision is {revision!r}, but {path_or_repo_id} is a local folder, which has none"
-        require(revision is None, said)
-        return Path(path_or_repo_id)
-
-    patterns = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
-    try:
-        repo_id = str(path_or_repo_id)
-        folder = snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
-    except Exception as error:  # errors of the hub, its cache and HTTP share no base class
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = f"{str(path_or_repo_id)!r} is no local folder, and the hub does not give it"
-        # The first line is a number of HTTP, the reason (gated? missing?) stands below.
-        raise ValueError(f"{said}: {' '.join(lines[:4])[:500]}") from error
-    return Path(folder)
-
-
-def require_no_pointer(file):
-    """ValueError if git-LFS left a pointer in place of a file."""
-    mark = b"version https://git-lfs"
-    if file.is_file():
-        with open(file, "rb") as stream:
-            pointer = stream.read(len(mark)) == mark
-        require(not pointer, f"{file}: a pointer of git-LFS, `git lfs pull` gets the file itself")
-
-
-def read_json(file):
-    """The JSON object in a file; ValueError if there is none."""
-    require_no_pointer(file)
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: no readable JSON file ({error})") from error
-    require(isinstance(values, dict), f"{file}: holds {type(values)}, should hold a JSON object")
-    return values
 
 
 def shards(folder):
@@ -611,336 +767,66 @@ def shards(folder):
     return [folder / file for file in sorted(set(weight_map.values()))]
 
 
-class Stored(NamedTuple):
-    """A tensor of a checkpoint, as the head of its file describes it."""
-
-    file: Path
-    name: str
-    dtype: torch.dtype
-    shape: tuple
-
-
-def stored_tensors(folder):
-    """{LLaDA's name: Stored} of a checkpoint; no weight is read."""
+def map_tensors(folder):
+    """{our name: tensor} of a checkpoint, mapped from its files: a weight is read when used."""
     found = {}
     for file in shards(folder):
         require_no_pointer(file)
         try:
-            with safe_open(file, framework="pt") as tensors:
-                heads = [(name, tensors.get_slice(name)) for name in tensors.keys()]
-                heads = [(name, head.get_dtype(), head.get_shape()) for name, head in heads]
+            stored = load_file(file)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: missing, truncated or corrupt ({error})") from error
-        for name, dtype, shape in heads:
-            said = f"{file}: {shown(name)} is {dtype}, should be one of {list(STORED_DTYPES)}"
-            require(dtype in STORED_DTYPES, said)
-            ours = llada_name(name)
+
+        for name, tensor in stored.items():
+            if name.rpartition(".")[2] in TABLES:
+                continue
+            no_float = f"{file}: {shown(name)} is {tensor.dtype}, should be one of {list(DTYPES)}"
+            require(tensor.dtype in DTYPES.values(), no_float)
+            ours = name
+            for theirs, part in TENSOR_NAMES.items():
+                ours = ours.replace(theirs, part)
             require(ours not in found, f"{file}: {shown(name)} is in the checkpoint already")
-            found[ours] = Stored(file, name, STORED_DTYPES[dtype], tuple(shape))
+            found[ours] = tensor
     require(found, f"{folder}: the safetensors files hold no tensor")
     return found
 
 
-def llada_name(name):
-    """What LLaDA calls a checkpoint's tensor."""
-    for theirs, ours in HF_NAMES.items():
-        name = name.replace(theirs, ours)
-    return name
+def load_model(path_or_repo_id, device, dtype, revision):
+    """The Transformer of a checkpoint; see Transformer.from_pretrained."""
+    if isinstance(dtype, str):
+        dtype = DTYPES.get(dtype, dtype)
+    known = dtype is None or dtype in list(DTYPES.values())
+    require(known, f"dtype is {shown(dtype)}, should be None or one of {list(DTYPES)}")
+    require_device(device, dtype or torch.float32)
 
-
-def require_sizes_within(folder, config, stored):
-    """ValueError for a model larger than the files: such a one should not even be built."""
-    C = config.d_model
-    least = {  # numbers in some of the matrices that a size makes
-        "d_model": C * C,
-        "n_layers": config.n_layers * C * C,
-        "mlp_hidden_size": config.mlp_hidden_size * C,
-        "embedding_size": config.embedding_size * C,
-    }
-    held = sum(prod(tensor.shape) for tensor in stored.values())
-    for name, numbers in least.items():
-        key = name if config.model_type == "llada" else HF_KEYS[name]
-        said = f"{folder / 'config.json'}: {key} is {getattr(config, name)}, but the files hold"
-        require(numbers <= held, f"{said} only {held} numbers")
-
-
-def require_fit(folder, model, stored):
-    """ValueError unless the files hold the parameters of the model, in these shapes, alone."""
-    wanted = {PREFIX + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if HEAD in stored:  # also beside an embedding that is the head
-        wanted[HEAD] = wanted[PREFIX + "wte.weight"]
-    missing = [name for name in wanted if name not in stored]
-    unexpected = [tensor.name for ours, tensor in stored.items() if ours not in wanted]
-    other_shape = [
-        f"{tensor.name} {list(tensor.shape)} should be {list(wanted[ours])}"
-        for ours, tensor in stored.items()
-        if ours in wanted and tensor.shape != wanted[ours]
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": other_shape}
-    lines = [f"{len(names)} {what}: {some(names)}" for what, names in problems.items() if names]
-    require(not lines, "\n".join([f"{folder}: the tensors do not fit config.json", *lines]))
-
-
-def read_tensors(stored, device, dtype):
-    """{LLaDA's name: tensor} of a checkpoint, on `device` and in `dtype` (None: as stored)."""
-    tensors = {}
-    for file in sorted({tensor.file for tensor in stored.values()}):
-        with safe_open(file, framework="pt") as opened:
-            for ours, tensor in stored.items():
-                if tensor.file == file:
-                    tensors[ours] = opened.get_tensor(tensor.name).to(device=device, dtype=dtype)
-    return tensors
-
-
-# ---- Text ----------------------------------------------------------------------------------------
-
-END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # LLaDA and Dream write them before the end of sequence
-ADDED_TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-CONTROL = ("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|im_start|>")
-# How Qwen2, and so Dream, cuts a text into words.
-QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def token_ids(folder):
-    """{token: id} from a tokenizer's files, quicker than building it; {} if there are none."""
-    single, vocabulary = folder / "tokenizer.json", folder / "vocab.json"
-    if not single.exists() and not vocabulary.exists():
-        return {}
-    if not single.exists():
-        added = {token.content: id for id, token in added_tokens(folder).items()}
-        return integers(vocabulary, read_json(vocabulary) | added)
-
-    values = read_json(single)
-    try:
-        vocab = values["model"]["vocab"]
-        if isinstance(vocab, list):  # Unigram's: pairs of a token and its score, in order
-            vocab = {token: id for id, (token, _) in enumerate(vocab)}
-        vocab = dict(vocab)
-        added = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{single}: no readable tokenizer ({error!r:.300})") from error
-
-    # The tokenizers library ignores the ids of added tokens: they get the vocabulary's or the next.
-    new = [token for token in added if token not in vocab]
-    given = vocab | {token: len(vocab) + i for i, token in enumerate(new)}
-    wrong = [token for token, id in added.items() if id != given[token]]
-    require(not wrong, f"{single}: the ids of {some(wrong)} should follow the vocabulary's")
-    return integers(single, given)
-
-
-def integers(file, ids):
-    """The {token: id} of a file, each id an integer; ValueError otherwise."""
-    wrong = [token for token, id in ids.items() if type(id) is not int or id < 0]
-    require(not wrong, f"{file}: the ids of {some(wrong)} should be integers from 0 on")
-    return ids
-
-
-def load_tokenizer(path_or_repo_id, revision=None):
-    """The tokenizer of tokenizer.json, or else of Qwen2's three files; ValueError without any.
-
-    One line on stderr if the checkpoint's own chat template is not the one used here.
-    """
     folder = checkpoint_folder(path_or_repo_id, revision)
-    file = folder / "tokenizer.json"
-    require_no_pointer(file)
+    config = Config.from_json(folder / "config.json")
+    adapter = folder / "adapter_config.json"
+    require(not adapter.exists(), f"{adapter}: adapters are not implemented, should be merged")
+
+    tensors = map_tensors(folder)
+    dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
+    mixed = f"{folder}: mixes {dtypes}, choose the dtype to convert all to (--dtype)"
+    require(dtype is not None or len(dtypes) == 1, mixed)
+    if dtype is None:
+        dtype = next(iter(tensors.values())).dtype
+        require_device(device, dtype)
+
+    # So many layers as a damaged config may ask for could not even be built.
+    layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    other = f"{folder}: config.json counts {config.n_layers} layers, the files hold {layers}"
+    require(config.n_layers == layers, other)
+    if config.weight_tying and "ff_out.weight" in tensors:
+        head = tensors.pop("ff_out.weight")
+        embedding = tensors.setdefault("wte.weight", head)  # some files hold the head alone
+        unlike = f"{folder}: the head is the embedding, says config.json, the files hold another"
+        require(torch.equal(head.to(embedding), embedding), unlike)
+
     try:
-        tokenizer = Tokenizer.from_file(str(file)) if file.exists() else qwen2_tokenizer(folder)
-    except Exception as error:  # the tokenizers library raises nothing more specific
-        raise ValueError(f"{file}: no readable tokenizer ({str(error)[:300]})") from error
-    tokenizer.no_truncation()  # a file may have been saved with either, for training
-    tokenizer.no_padding()
-
-    base = "-base" in Path(path_or_repo_id).name.lower()
-    note = note_on_the_template(template_of(tokenizer), own_template(folder), base)
-    if note:
-        print(f"note: {path_or_repo_id} {note}", file=sys.stderr)
-    return tokenizer
-
-
-def qwen2_tokenizer(folder):
-    """Byte-level BPE of vocab.json and merges.txt, and the added tokens."""
-    vocabulary, file = folder / "vocab.json", folder / "merges.txt"
-    require(vocabulary.exists(), f"neither it nor {vocabulary.name} is there")
-    require_no_pointer(file)
-    merges = []
-    for line in file.read_text(encoding="utf-8").split("\n"):
-        if line.strip() and not line.startswith("#version"):
-            pair = tuple(line.split())
-            require(len(pair) == 2, f"{file}: {shown(line)} should be two tokens to merge")
-            merges.append(pair)
-
-    tokenizer = Tokenizer(models.BPE(read_json(vocabulary), merges))
-    tokenizer.normalizer = normalizers.NFC()
-    words = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
-    tokenizer.decoder = decoders.ByteLevel()
-
-    added = added_tokens(folder)
-    for token in added.values():
-        add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
-        add([token])
-    got = {id: tokenizer.token_to_id(token.content) for id, token in added.items()}
-    wrong = [token.content for id, token in added.items() if got[id] != id]
-    require(not wrong, f"the ids of {some(wrong)} should follow the vocabulary's")
-    return tokenizer
-
-
-def tokenizer_config(folder):
-    """What tokenizer_config.json says; {} if there is none."""
-    file = folder / "tokenizer_config.json"
-    return read_json(file) if file.exists() else {}
-
-
-def added_tokens(folder):
-    """{id: AddedToken} of added_tokens.json and tokenizer_config.json, in order of the ids."""
-    listed = folder / "added_tokens.json"
-    described = tokenizer_config(folder).get("added_tokens_decoder") or {}
-    said = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
-    require(isinstance(described, dict), f"{said} is {shown(described)}, should be an object")
-
-    found = {}
-    if listed.exists() or not described:
-        for token, id in integers(listed, read_json(listed)).items():
-            found[id] = AddedToken(token, special=True, normalized=False)
-    for id, flags in described.items():
-        try:
-            found[int(id)] = AddedToken(**{name: flags[name] for name in ADDED_TOKEN_FLAGS})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{said} holds {shown(id)}: {shown(flags)}, no token") from error
-    return dict(sorted(found.items()))
-
-
-def llada_turns(messages):
-    """LLaDA-Instruct's template: each of its control tokens, and the text behind it.
-
-    messages: a list of {"role": ..., "content": ...}; the last turn is the answer's, open.
-    """
-    turns = [("<|startoftext|>", "")]
-    for message in messages:
-        turns.append(("<|start_header_id|>", message["role"]))
-        turns.append(("<|end_header_id|>", "\n\n" + message["content"].strip()))
-        turns.append(("<|eot_id|>", ""))
-    return [*turns, ("<|start_header_id|>", "assistant"), ("<|end_header_id|>", "\n\n")]
-
-
-def chatml_turns(messages):
-    """The same in ChatML, Dream's template, which always starts with a system message."""
-    if not messages or messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
-    turns = []
-    for message in messages:
-        turns.append(("<|im_start|>", f"{message['role']}\n{message['content']}"))
-        turns.append(("<|im_end|>", "\n"))
-    return [*turns, ("<|im_start|>", "assistant\n")]
-
-
-def chat_prompt(messages):
-    """A conversation in LLaDA-Instruct's template, up to the answer, as one text."""
-    return "".join(control + text for control, text in llada_turns(messages))
-
-
-def chatml_prompt(messages):
-    """A conversation in ChatML, up to the answer, as one text."""
-    return "".join(control + text for control, text in chatml_turns(messages))
-
-
-def template_of(tokenizer):
-    """llada_turns or chatml_turns, if the tokenizer has the tokens of one; else None."""
-    anything = [{"role": "user", "content": ""}]
-    for turns in (llada_turns, chatml_turns):
-        if all(tokenizer.token_to_id(control) is not None for control, _ in turns(anything)):
-            return turns
-    return None
-
-
-def note_on_the_template(turns, own, base):
-    """What a user should know if the chat template is not the model's own; else None."""
-    if turns is None:
-        return own and "has a chat template that is not implemented: the prompt goes without one"
-    if own is None or base:
-        return "looks like a base model: the prompt is put into a chat template all the same"
-    if not resembles(own, turns):
-        return "has a chat template other than the one that the prompt is put into here"
-    return None
-
-
-def own_template(folder):
-    """The text of a checkpoint's chat template, for an engine that is not here; None if absent."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8", errors="replace")
-
-    template = tokenizer_config(folder).get("chat_template")
-    if isinstance(template, list):  # of {"name": ..., "template": ...}
-        named = [entry for entry in template if isinstance(entry, dict)]
-        template = " ".join(str(entry.get("template")) for entry in named)
-    return None if template is None else str(template)
-
-
-def resembles(own, turns):
-    """Whether a checkpoint's template holds what is fixed in ours, and no other system message."""
-    own = own.replace("\\n", "\n")
-    if turns is chatml_turns:
-        return "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" in own
-    fixed = ("<|start_header_id|>", "<|end_header_id|>\n\n", "trim", "<|eot_id|>", "bos_token")
-    return all(text in own for text in fixed) and "system" not in own
-
-
-def encode_prompt(tokenizer, text):
-    """A user's text, in the chat template if there is one.  -> (1, P) ids, or ValueError
-
-    Only the template's own control tokens become control ids: those that the text spells out stay
-    text. A tokenizer cuts at control tokens first, so all ids are those of the whole template.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        wrong = text[error.start : error.end]
-        raise ValueError(f"prompt holds {wrong!r}, half a character: no Unicode text") from error
-
-    turns = template_of(tokenizer)
-    pieces = [(None, text)] if turns is None else turns([{"role": "user", "content": text}])
-    ids = []
-    for control, piece in pieces:
-        if control is not None:
-            ids.append(tokenizer.token_to_id(control))
-        ids += literal_ids(tokenizer, piece)
-    require(ids, f"prompt is {text!r}, should hold at least one token")
-    return torch.tensor([ids])
-
-
-def literal_ids(tokenizer, text):
-    """The ids of a text in which special tokens are text like any other, or ValueError."""
-    before = tokenizer.encode_special_tokens
-    tokenizer.encode_special_tokens = True
-    try:
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-    finally:
-        tokenizer.encode_special_tokens = before
-
-    unk = getattr(tokenizer.model, "unk_token", None)
-    pieces = zip(encoding.tokens, encoding.offsets)
-    unknown = [text[start:stop].strip() for token, (start, stop) in pieces if token == unk]
-    require(not unknown, f"prompt: this model has no token for {unknown}")
-
-    special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    special |= {tokenizer.token_to_id(token) for token in (*CONTROL, *END_OF_TURN)}
-    control = [token for token, id in zip(encoding.tokens, encoding.ids) if id in special]
-    require(not control, f"prompt: this tokenizer takes {control} for control tokens")
-    return encoding.ids
-
-
-def decode_response(tokenizer, response, eos_token_id):
-    """The text of a response, (gen_length,) ids, up to the first token that ends an answer.
-
-    eos_token_id: one id or several; the tokenizer's end-of-turn tokens end an answer too.
-    """
-    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
-    ends |= {tokenizer.token_to_id(token) for token in END_OF_TURN}
-    ids = response.tolist()
-    length = next((i for i, id in enumerate(ids) if id in ends), len(ids))
-    return tokenizer.decode(ids[:length]).strip()
+        with torch.device("meta"):
+            model = Transformer(config)
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:500]
+        raise ValueError(f"{folder}: the tensors do not fit config.json: {reason}") from error
+    return model.requires_grad_(False).to(device=device, dtype=dtype)
