@@ -49,7 +49,7 @@ NUMBER = re.compile(
 )
 PART_BEFORE = re.compile(r"[-−–+*×/÷±^x]|\*\*|minus|negative|plus|times", re.IGNORECASE)
 PART_BEHIND = re.compile(r"[+*×/÷±^xk]$|π|\\pi|hundred|thousand|[mbtr]+illion", re.IGNORECASE)
-BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+BOX = re.compile(r"(?<![-−–/^{])\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}(?![\w/^])")
 
 
 def plain(text):
@@ -94,7 +94,7 @@ def read_number(words, i):
     number = Decimal(digits.replace(",", ""))
     if not sign and not sign_behind_currency:
         return number
-    return None if DIGIT.search(before) else -number  # 9 -2
+    return None if DIGIT.search(before) else number.copy_negate()  # 9 -2
 
 
 def only_number(text):
