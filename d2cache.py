@@ -417,7 +417,9 @@ def end_at_eos(state, config, prompt_length):
     The end is the first token of config.end_ids, EOS or end of turn, once none before it is masked.
     Response "a [MASK] EOS [MASK]" stays as it is; "a b EOS [MASK]" becomes "a b EOS EOS".
     """
-    ends = torch.isin(state.tokens, torch.tensor(config.end_ids, device=state.tokens.device))
+    ends = torch.zeros_like(state.known)
+    for id in config.end_ids:
+        ends = ends | (state.tokens == id)
     ends = ends & (state.masked.cumsum(dim=1) == 0)  # everything up to here is decoded
     ends[:, :prompt_length] = False
     after_end = F.pad(ends.cumsum(dim=1)[:, :-1] > 0, (1, 0))
