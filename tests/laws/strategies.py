@@ -14,6 +14,11 @@ from d2cache import (
 from hypothesis import strategies as st
 from model import Config, Transformer
 
+from entropy_cache import EntropyCache
+from oldest_first import OldestFirst
+from vicinity import Vicinity
+from window_diffusion import WindowDiffusion
+
 
 @dataclass(frozen=True)
 class AnySubset:
@@ -49,6 +54,10 @@ POLICIES = {
         p=st.sampled_from([0.1, 0.5, 0.0, 1.0]),
         sigma=st.sampled_from([None, 0.5, 10.0]),
     ),
+    "Vicinity": st.builds(Vicinity, margin=st.integers(1, 4), warmup=st.integers(1, 3)),
+    "WindowDiffusion": st.builds(WindowDiffusion, n=st.integers(1, 5), active=st.integers(1, 4)),
+    "EntropyCache": st.builds(EntropyCache, threshold=st.floats(0.1, 3), k=st.integers(1, 4)),
+    "OldestFirst": st.builds(OldestFirst, k=st.integers(1, 8), p=st.sampled_from([0.1, 0.5])),
     "AnySubset": st.builds(AnySubset, seed=st.integers(0, 99), uses_attention=st.booleans()),
 }
 
