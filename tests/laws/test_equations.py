@@ -5,6 +5,7 @@ prints what was computed and what is expected.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -52,9 +53,10 @@ def as_mask(sets, T):
     return [[i in inside for i in range(T)] for inside in sets]
 
 
-def ranked(scores, among):
-    """The positions `among`, a row of booleans, by score from the highest; of equal ones the first."""
-    return sorted((i for i, a in enumerate(among) if a), key=lambda i: (-scores[i], i))
+def best(n, scores, among):
+    """Of the positions `among`, a row of booleans, the n of highest score; of equal ones the first."""
+    positions = [i for i, inside in enumerate(among) if inside]
+    return sorted(positions, key=lambda i: (-scores[i], i))[:n]
 
 
 @st.composite
@@ -193,8 +195,7 @@ def test_highest_is_the_head_of_the_sorted_candidates(drawn, data):
     each = data.draw(n.map(lambda n: [n] * B) | st.lists(n, min_size=B, max_size=B))
     numbers = each[0] if len(set(each)) == 1 else torch.tensor(each)[:, None]
     chosen = highest(torch.tensor(scores), torch.tensor(among), numbers)
-    expected = [ranked(row, mask)[:n] for row, mask, n in zip(scores, among, each)]
-    agree(chosen, as_mask(expected, len(among[0])))
+    agree(chosen, as_mask(map(best, each, scores, among), len(among[0])))
 
 
 # ---- Rows ----------------------------------------------------------------------------------------
@@ -232,25 +233,26 @@ def test_unpack_puts_back_what_pack_put_first(chosen, data):
 # ---- What to commit, and what to recompute -------------------------------------------------------
 
 
-@given(
-    states(), st.data(), st.booleans(), st.integers(1, 3), st.sampled_from([None, 0.0, 0.5, 1.0])
-)
+QUARTERS = st.sampled_from([None, 0.0, 0.25, 0.5])
+
+
+@given(states(), st.integers(0, 2**16), st.booleans(), st.integers(1, 3), QUARTERS)
 def test_unmask_commits_the_best_of_the_block_and_what_reaches_the_threshold(
-    state, data, by_prior, n, threshold
+    state, seed, by_prior, n, threshold
 ):
     """As in Fast-dLLM a confidence equal to the threshold reaches it. It once had to exceed it."""
-    B, T = state.known.shape
-    predicted = state.masked & torch.tensor(data.draw(bool_rows(B, T)))
-    quarters = st.lists(st.integers(0, 4), min_size=T, max_size=T)
-    drawn = data.draw(st.lists(quarters, min_size=B, max_size=B))
-    confidence = torch.tensor(drawn, dtype=torch.float64) / 4
+    T = state.known.shape[1]
+    random = torch.Generator().manual_seed(seed)
+    predicted = state.masked & (torch.rand(state.known.shape, generator=random) < 0.8)
+    confidence = torch.randint(0, 4, state.known.shape, generator=random).double() / 4
     commit = unmask(state, predicted, confidence, by_prior, n, threshold)
 
     score = confidence * state.density if by_prior else confidence
-    candidates = (predicted & state.block).tolist()
-    best = [ranked(row, mask)[:n] for row, mask in zip(score.tolist(), candidates)]
-    reached = predicted & state.block & (confidence >= (2 if threshold is None else threshold))
-    agree(commit, torch.tensor(as_mask(best, T)) | reached)
+    candidates = predicted & state.block
+    expected = as_mask(map(partial(best, n), score.tolist(), candidates.tolist()), T)
+    if threshold is not None:
+        expected = torch.tensor(expected) | (candidates & (confidence >= threshold))
+    agree(commit, expected)
 
 
 @given(states(), st.integers(1, 20), st.sampled_from([None, 0.5, 4.0]))
@@ -261,8 +263,9 @@ def test_stage_1_is_the_masked_positions_of_highest_prior_those_of_the_block_fir
         rows = [oracle.density(row, sigma) for row in state.known.tolist()]
         density = torch.tensor(rows, dtype=torch.float64)
     score = state.confidence * density + 2 * state.block  # a prior is at most 1
-    best = [ranked(row, mask)[:k] for row, mask in zip(score.tolist(), state.masked.tolist())]
-    agree(D2Cache(k, 0.1, sigma).about_to_be_decoded(state), as_mask(best, state.known.shape[1]))
+    expected = map(partial(best, k), score.tolist(), state.masked.tolist())
+    computed = D2Cache(k, 0.1, sigma).about_to_be_decoded(state)
+    agree(computed, as_mask(expected, state.known.shape[1]))
 
 
 @given(states(), st.sampled_from([0.0, 0.1, 0.6, 1.0]))

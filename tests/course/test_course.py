@@ -1,0 +1,45 @@
+"""The course: its starter beside the reference, and the laws by which it is graded."""
+
+import inspect
+
+import d2cache
+import starter
+from d2cache import EMBEDDED_MODEL, EXAMPLE
+from model import Transformer, encode_prompt, load_tokenizer
+
+import grading
+
+
+def test_the_embedded_model_decodes_the_same_words(pytestconfig, monkeypatch):
+    """With all that --solution defines in the place of ours; without it, with our own file loaded
+    as a student's."""
+    model = Transformer.from_pretrained(EMBEDDED_MODEL)
+    tokenizer = load_tokenizer(EMBEDDED_MODEL)
+    prompt = encode_prompt(tokenizer, EXAMPLE)
+
+    def words():
+        tokens = d2cache.generate(model, prompt, 64, policy=d2cache.D2Cache(k=8))
+        return tokenizer.decode(tokens[0, prompt.shape[1] :].tolist(), skip_special_tokens=False)
+
+    expected = words()
+    theirs = grading.load(pytestconfig.option.solution or d2cache.__file__)
+    for name, part in grading.replacements(theirs, grading.POINTS).items():
+        monkeypatch.setattr(d2cache, name, part)
+    computed = words()
+    if computed != expected:
+        raise AssertionError(f"computed {computed}\nexpected {expected}")
+
+
+def functions(module):
+    """{name: function} of all that is graded; stages are methods of D2Cache."""
+    found = {}
+    for name in list(grading.POINTS)[:-1]:
+        found[name] = getattr(module.D2Cache if name in grading.STAGES else module, name)
+    return found
+
+
+def test_the_starter_has_the_signatures_of_the_reference():
+    ours = functions(d2cache)
+    for name, function in functions(starter).items():
+        assert inspect.signature(function) == inspect.signature(ours[name]), name
+    assert inspect.signature(starter.D2Cache) == inspect.signature(d2cache.D2Cache)
