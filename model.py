@@ -405,16 +405,15 @@ def qwen2_tokenizer(folder):
     """Qwen2's vocab.json, merges.txt and added tokens, as tokenizer.json would hold them."""
     lines = read_text(folder / "merges.txt").split("\n")
     merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
-    words = {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated"}
-    letters = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    words = {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}}
+    words |= {"behavior": "Isolated", "invert": False}
+    letters = {"type": "ByteLevel", "use_regex": False}
+    letters |= {"add_prefix_space": False, "trim_offsets": True}
     return {
         "added_tokens": added_tokens(folder),
         "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [words | {"invert": False}, letters | {"trim_offsets": True}],
-        },
-        "decoder": letters | {"trim_offsets": True},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, letters]},
+        "decoder": letters,
         "model": {"type": "BPE", "vocab": read_json(folder / "vocab.json"), "merges": merges},
     }
 
@@ -768,7 +767,7 @@ def load_model(path_or_repo_id, device, dtype, revision):
     if isinstance(dtype, str):
         dtype = DTYPES.get(dtype, dtype)
     known = dtype is None or dtype in list(DTYPES.values())
-    require(known, f"dtype is {shown(dtype)}, should be None or one of {list(DTYPES)}")
+    require(known, f"dtype is {dtype}, should be None or one of {list(DTYPES)}")
     require_device(device, dtype or torch.float32)
 
     folder = checkpoint_folder(path_or_repo_id, revision)

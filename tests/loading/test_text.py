@@ -166,7 +166,9 @@ def test_added_tokens_have_their_own_ids_and_flags(tmp_path):
     """<tool_call> once vanished from answers."""
     listed = ADDED | {"<tool_call>": len(VOCAB) + 2}
     write_qwen2(tmp_path, **{"added_tokens.json": json.dumps(listed)})
-    assert load_tokenizer(tmp_path).get_vocab().items() >= listed.items()
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.get_vocab().items() >= listed.items()
+    assert tokenizer.decode([*listed.values()]) == ""
 
     decoder = {
         len(VOCAB): described("<|im_start|>"),
