@@ -36,10 +36,11 @@ NUMBERS = """
     None       x5    x_5    B12    COVID-19    12:30    6'2    \\sqrt{49}    \u221a49    7x    7/x
     18         \\boxed{18}, not 7    \\boxed{ \\$18 }    \\boxed{x = 18}    \\boxed{18\\%}
     18         \\boxed{18 \\text{ eggs}} of 7    \\boxed{\\text{18}}    \\boxed{18^\\circ}
-    18         \\boxed{7} so \\boxed{18}    \\boxed{x} = 18    #### $\\boxed{18}$ of 7    so \\boxed{18}.
+    18         \\boxed{7} so \\boxed{18}    \\boxed{x} = 18    #### $\\boxed{18}$ of 7
     1000       \\boxed{1,\\!000} of 7    \\boxed{1\\,000}    \\boxed{1{,}000}
-    None       \\boxed{7/2}    \\boxed{\\frac{3}{4}}    \\boxed{3, 4}    \\boxed{3 + 4}    \\boxed{7    \\boxed{3}/4
+    None       \\boxed{7/2}    \\boxed{\\frac{3}{4}}    \\boxed{3, 4}    \\boxed{3}/4
     None       \\boxed{7 \\text{ or } 8}    \\boxed{\\frac{\\sqrt{2}}{2}}    -\\boxed{7}
+    None       \\boxed{3 + 4}    \\boxed{7
     18         #### 18    ####18 of 7    #### **18**, not 7    so 7 #### 18 #### 19    #### $18
     18         #### 18 of $7    \\boxed{7} #### 18    #### 18\\n\\nIs 7 + 8 = 15?
     18         #### 1. Add them: 18    #### Step 1: so 18    #### 7: Add\\nso 18
