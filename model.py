@@ -18,7 +18,6 @@ import re
 import sys
 import warnings
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # nothing here needs it
@@ -30,6 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
+
+torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of rows, for 30 ms
 
 DTYPES = {
     "float64": torch.float64,
@@ -107,57 +108,77 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
-    def update(self, layer, positions, k, v):
-        """Write k, v (B, Q, G, D) at positions (B, Q).  -> all of the layer, 2 x (B, T, G, D)"""
-        sequences = torch.arange(len(positions), device=positions.device)[:, None]
-        self.k[layer][sequences, positions] = k
-        self.v[layer][sequences, positions] = v
+    def clear(self):
+        """Nothing is left of an earlier decode."""
+        self.k.zero_()
+        self.v.zero_()
+
+    def update(self, layer, rows, k, v):
+        """Write k, v (B, Q, G, D) at rows of a layer.  -> all of the layer, 2 x (B, T, G, D)
+
+        rows: the indices (B, 1) of sequences and (B, Q) of positions, as one pair.
+        """
+        self.k[layer][rows] = k.to(self.k.dtype)  # another one only under torch.autocast
+        self.v[layer][rows] = v.to(self.v.dtype)
         return self.k[layer], self.v[layer]
 
 
 def rope(positions, config, dtype):
-    """Cosines and sines of the rotary embedding.  (B, Q) -> 2 x (B, Q, 1, D)"""
+    """Cosines and sines of the rotary embedding.  (B, Q) -> 2 x (B, Q, 1, D)
+
+    The sines of the first half of the channels are negative, as `rotate` wants them.
+    """
     channels = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype)
     frequencies = 1.0 / config.rope_theta ** (channels / config.head_dim)
     angles = positions[:, :, None, None] * frequencies  # (B, Q) -> (B, Q, 1, D / 2)
-    angles = torch.cat([angles, angles], dim=-1)  # -> (B, Q, 1, D)
-    return angles.cos(), angles.sin()
+    cos = angles.cos()
+    sin = angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # -> (B, Q, 1, D)
 
 
 def rotate(x, cos, sin):
-    """Turn channel pairs (i, i + D/2) of x (B, Q, heads, D) by their position's angle."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    """Turn channel pairs (i, i + D/2) of x (B, Q, heads, D) by their position's angle.
+
+    A pair (a, b) becomes (a cos - b sin, b cos + a sin).
+    """
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (a, b) -> (b, a)
+    return (x * cos + swapped * sin).to(x.dtype)
 
 
 def attend(q, k, v, padding=None):
     """Softmax attention of every query over all T positions.  (B, Q, H, D) -> (B, Q, H, D)"""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     shares_keys = q.shape[1] != k.shape[1]
-    mask = None if padding is None else ~padding[:, None, None]  # (B, T) -> (B, 1, 1, T)
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=shares_keys).transpose(1, 2)
+    seen = None if padding is None else ~padding[:, None, None]  # (B, T) -> (B, 1, 1, T)
+    return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=shares_keys).transpose(1, 2)
 
 
 def attention_map(q, k, padding=None):
-    """The weights of `attend`, averaged over heads.  (B, Q, H, D), (B, T, G, D) -> (B, Q, T)"""
-    G, D = k.shape[2:]
-    sharing = q.shape[2] // G  # query heads to a key head
-    wide = torch.promote_types(q.dtype, torch.float32)
-    keys = k.transpose(1, 2).contiguous().transpose(2, 3)  # (B, T, G, D) -> (B, G, D, T)
+    """The weights of `attend`, averaged over heads.  (B, Q, H, D), (B, T, G, D) -> (B, Q, T)
 
-    slices = []
-    for rows in q.split(MAP_ROWS, dim=1):
-        rows = rows.unflatten(2, (G, sharing)).permute(0, 2, 3, 1, 4)  # -> (B, G, H / G, rows, D)
-        scores = rows.flatten(2, 3) * D**-0.5 @ keys  # one product for a whole group
-        if padding is not None:
-            scores = scores.masked_fill(padding[:, None, None], -torch.inf)
-        weights = torch.softmax(scores, dim=-1, dtype=wide).unflatten(2, (sharing, -1))
-        slices.append(weights.mean(dim=(1, 2)))  # (B, G, H / G, rows, T) -> (B, rows, T)
-    return torch.cat(slices, dim=1)
+    The kernels of `attend` keep no weights, so they are computed once more: softmax(q k / sqrt(D)).
+    """
+    B, Q, H, D = q.shape
+    G = k.shape[2]
+    q = q.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4)  # -> (B, G, H / G, Q, D)
+    scores = (q * D**-0.5).flatten(2, 3) @ k.permute(0, 2, 3, 1)  # keys (B, G, D, T)
+    if padding is not None:
+        scores = scores.masked_fill(padding[:, None, None], -torch.inf)
+    weights = scores.softmax(dim=-1).unflatten(2, (H // G, Q))  # -> (B, G, H / G, Q, T)
+    return weights.mean(dim=(1, 2), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-class Block(nn.Module):
-    """One layer: attention, then a gated MLP, each on the normalised residual stream."""
+def sliced_attention_map(q, k, padding=None):
+    """`attention_map` by slices of MAP_ROWS query rows: the weights of all heads take H Q T numbers."""
+    slices = [attention_map(rows, k, padding) for rows in q.split(MAP_ROWS, dim=1)]
+    return slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
+
+
+class Layer(nn.Module):
+    """Attention, then a gated MLP; each reads the normalised residual stream and adds to it.
+
+    LLaDA's checkpoint calls a layer a block. Here a block is a stretch of text.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -174,33 +195,25 @@ class Block(nn.Module):
         self.attn_out = nn.Linear(C, C, bias=False)
 
         self.ff_norm = nn.RMSNorm(C, config.rms_norm_eps)
-        self.ff_proj = nn.Linear(C, hidden, bias=False)
+        self.ff_proj = nn.Linear(C, hidden, bias=False)  # the gate
         self.up_proj = nn.Linear(C, hidden, bias=False)
         self.ff_out = nn.Linear(hidden, C, bias=False)
 
-    def forward(self, x, cos, sin, update, padding, return_attention):
-        """x (B, Q, C) -> (B, Q, C), and the attention map (B, Q, T) or None."""
-        attended, attention = self.attention(
-            self.attn_norm(x), cos, sin, update, padding, return_attention
-        )
-        x = x + attended
-        x = x + self.mlp(self.ff_norm(x))
-        return x, attention
+    def queries_keys_values(self, x, cos, sin):
+        """What attention needs of each position.  (B, Q, C) -> (B, Q, H, D), 2 x (B, Q, G, D)"""
+        h = self.attn_norm(x)
+        q = self.q_proj(h).unflatten(-1, (-1, self.head_dim))  # (B, Q, C) -> (B, Q, H, D)
+        k = self.k_proj(h).unflatten(-1, (-1, self.head_dim))  # -> (B, Q, G, D)
+        v = self.v_proj(h).unflatten(-1, (-1, self.head_dim))
 
-    def attention(self, h, cos, sin, update, padding, return_attention):
-        """What each position reads from all T.  (B, Q, C) -> (B, Q, C), map (B, Q, T) or None
+        turned = rotate(torch.cat([q, k], dim=2), cos, sin)  # both at once: fewer launches
+        q, k = turned.split([q.shape[2], k.shape[2]], dim=2)
+        return q, k, v
 
-        update(k, v) puts the keys and values of the Q positions among those of all T; None: Q = T.
-        """
-        heads = (-1, self.head_dim)
-        q = rotate(self.q_proj(h).unflatten(-1, heads), cos, sin)  # (B, Q, C) -> (B, Q, H, D)
-        k = rotate(self.k_proj(h).unflatten(-1, heads), cos, sin)  # -> (B, Q, G, D)
-        v = self.v_proj(h).unflatten(-1, heads)
-        if update is not None:
-            k, v = update(k, v)  # (B, Q, G, D) -> (B, T, G, D)
-
-        attended = self.attn_out(attend(q, k, v, padding).flatten(2))  # (B, Q, H, D) -> (B, Q, C)
-        return attended, attention_map(q, k, padding) if return_attention else None
+    def forward(self, x, attended):
+        """Add what was attended to, (B, Q, H, D), then the MLP.  (B, Q, C) -> (B, Q, C)"""
+        x = x + self.attn_out(attended.flatten(2))  # (B, Q, H, D) -> (B, Q, C)
+        return x + self.mlp(self.ff_norm(x))
 
     def mlp(self, h):
         """(B, Q, C) -> (B, Q, C)"""
@@ -208,61 +221,65 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """LLaDA or Dream; modules carry the names of LLaDA's checkpoint."""
+    """LLaDA or Dream; modules carry the names of LLaDA's checkpoint.
+
+    A new one has random weights, to be trained; `from_pretrained` loads them.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         rows = config.embedding_size
         C = config.d_model
-        # With a _weight, none is drawn: on the meta device that alone takes a second of imports.
         self.wte = nn.Embedding(rows, C, _weight=torch.empty(rows, C))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.ln_f = nn.RMSNorm(C, config.rms_norm_eps)
-        self.ff_out = None if config.weight_tying else nn.Linear(C, rows, bias=False)
+        head = nn.Linear(C, rows, bias=False)
+        self.ff_out = None if config.weight_tying else head
+        self.wte.weight = nn.Parameter(head.weight.detach().clone())  # the embedding starts as it
 
     def forward(self, tokens, positions=None, cache=None, return_attention=False, padding=None):
-        """Logits of the recomputed positions, (B, Q, V); every position if `positions` is None.
+        """Logits of the recomputed positions, (B, Q, V'); V' is config.embedding_size.
 
-        tokens (B, T) and positions (B, Q) are integers; positions may repeat. All Q attend to all
-        T: to the keys and values just computed where recomputed, else to those in the `cache`,
-        updated in place; but nothing attends to `padding`, (B, T) bool. RoPE knows only distances,
-        so padding before a sequence does not change it. With return_attention, also the
-        head-averaged attention (L, B, Q, T). If `config.shifted`, row i predicts position i + 1.
+        tokens     (B, T) integers
+        positions  (B, Q) integers, which may repeat: recompute these (None: all). They attend to
+                   the keys and values just computed at these positions, and to those in the cache
+                   everywhere else
+        cache      KVCache of (B, T) positions, updated in place
+        padding    (B, T) bool: nothing attends there. RoPE turns by differences of positions
+                   alone, so padding in front of a sequence does not change it
+        return_attention   return the attention too, averaged over heads, (L, B, Q, T)
+
+        `model(tokens, torch.tensor([[3, 5]]), cache)` gives logits (1, 2, V'). If `config.shifted`,
+        the row of position i predicts position i + 1.
         Raises ValueError for positions without a cache, or a cache of another shape.
         """
         hidden, maps = self.hidden_states(tokens, positions, cache, return_attention, padding)
         logits = self.head(hidden)
-        return (logits, maps) if return_attention else logits
+        return (logits, torch.stack(maps)) if return_attention else logits
 
     def hidden_states(
         self, tokens, positions=None, cache=None, return_attention=False, padding=None
     ):
-        """`forward` up to the head: residual stream (B, Q, C), and maps (L, B, Q, T) or None."""
-        B, T = tokens.shape
-        if positions is None:
-            positions = torch.arange(T, device=tokens.device).expand(B, T)
-        else:
-            require(cache is not None, "cache is None, should hold what positions leave out")
-        size = (B, T) if cache is None else tuple(cache.k.shape[1:3])
-        require(size == (B, T), f"cache is for {size} tokens, should be for {(B, T)}")
+        """`forward` up to the head: residual stream (B, Q, C); L maps (B, Q, T), if asked for."""
+        positions = self.check_positions(tokens, positions, cache)
+        sequences = torch.arange(len(tokens), device=tokens.device)[:, None]
+        rows = (sequences, positions)
 
-        x = self.wte(tokens.gather(1, positions))  # (B, T) -> (B, Q) -> (B, Q, C)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = rope(positions, self.config, wide)
-        maps = None
-        if return_attention:
-            maps = x.new_empty(len(self.blocks), *positions.shape, T, dtype=wide)
-
+        x = self.wte(tokens[rows])  # (B, T) -> (B, Q) -> (B, Q, C)
+        cos, sin = rope(positions, self.config, torch.promote_types(x.dtype, torch.float32))
+        maps = []
         for layer, block in enumerate(self.blocks):
-            update = None if cache is None else partial(cache.update, layer, positions)
-            x, attention = block(x, cos, sin, update, padding, return_attention)
+            q, k, v = block.queries_keys_values(x, cos, sin)
+            if cache is not None:
+                k, v = cache.update(layer, rows, k, v)  # (B, Q, G, D) -> (B, T, G, D)
+            x = block(x, attend(q, k, v, padding))
             if return_attention:
-                maps[layer] = attention
+                maps.append(sliced_attention_map(q, k, padding))
         return x, maps
 
     def head(self, hidden):
-        """Residual stream -> logits.  (B, Q, C) -> (B, Q, V)"""
+        """Residual stream -> logits.  (B, Q, C) -> (B, Q, V')"""
         head = self.wte if self.ff_out is None else self.ff_out
         return F.linear(self.ln_f(hidden), head.weight)
 
@@ -276,6 +293,17 @@ class Transformer(nn.Module):
         corrupt, unsupported, or does not fit its config.json.
         """
         return load_model(path_or_repo_id, device, dtype, revision)
+
+    @staticmethod
+    def check_positions(tokens, positions, cache):
+        """The positions to recompute, or ValueError if the cache does not fit them."""
+        B, T = tokens.shape
+        size = (B, T) if cache is None else tuple(cache.k.shape[1:3])
+        require(size == (B, T), f"cache is for {size} tokens, should be for {(B, T)}")
+        if positions is None:
+            return torch.arange(T, device=tokens.device).expand(B, T)
+        require(cache is not None, "cache is None, should hold what positions leave out")
+        return positions
 
 
 # ---- Files ---------------------------------------------------------------------------------------

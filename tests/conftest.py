@@ -20,6 +20,9 @@ from hypothesis import strategies as st  # noqa: E402
 
 from strategies import POLICIES  # noqa: E402
 
+# The examples that hypothesis draws hang on a test's name, so it is the same for every submission.
+THEIRS = "theirs"
+
 torch.set_num_threads(1)
 
 settings.register_profile("dev", max_examples=25, deadline=None, print_blob=True)
@@ -27,7 +30,9 @@ settings.register_profile("ci", max_examples=60, deadline=None, print_blob=True,
 settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True)
 # The same submission gets the same verdict, and soon: without an explanation of the example.
 phases = (Phase.explicit, Phase.generate, Phase.shrink)
-settings.register_profile("grading", max_examples=60, deadline=None, derandomize=True, phases=phases)
+settings.register_profile(
+    "grading", max_examples=60, deadline=None, derandomize=True, phases=phases
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
@@ -45,7 +50,7 @@ def pytest_configure(config):
     except ValueError as error:
         raise pytest.UsageError(" ".join(str(error).split())) from error
     POLICIES.clear()
-    POLICIES[text] = st.just(policy)
+    POLICIES[THEIRS] = st.just(policy)
     settings.load_profile("grading")
     config.option.maxfail = config.option.maxfail or 1  # one broken law breaks others
     if config.option.tbstyle == "auto":
@@ -60,8 +65,8 @@ def pytest_collection_modifyitems(config, items):
 
     text = config.getoption("--policy")
     if text is not None:
-        laws = [item for item in items if policy_of(item) == text]
-        others = [item for item in items if policy_of(item) != text]
+        laws = [item for item in items if policy_of(item) == THEIRS]
+        others = [item for item in items if policy_of(item) != THEIRS]
         laws.sort(key=order_of_grading)
         config.hook.pytest_deselected(items=others)
         items[:] = laws

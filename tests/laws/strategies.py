@@ -47,7 +47,7 @@ POLICIES = {
         D2Cache,
         k=st.integers(1, 8),
         p=st.sampled_from([0.1, 0.5, 0.0, 1.0]),
-        sigma=st.sampled_from([2.0, 0.5, 10.0]),
+        sigma=st.sampled_from([None, 0.5, 10.0]),
     ),
     "AnySubset": st.builds(AnySubset, seed=st.integers(0, 99), uses_attention=st.booleans()),
 }
@@ -144,7 +144,7 @@ class Decode:
     gen_length: int
     block_length: int | None
     tokens_per_step: int
-    sigma: float | None
+    sigma: float | str | None
     threshold: float | None
 
     @property
@@ -176,6 +176,6 @@ def decodes(draw, config, most_sequences=3):
         gen_length=n_blocks * length,
         block_length=draw(st.sampled_from([length, None])),
         tokens_per_step=draw(st.sampled_from([1, 2, 3])),
-        sigma=draw(st.sampled_from([None, 2.0, 0.5, 10.0])),
+        sigma=draw(st.sampled_from(["auto", None, 2.0, 0.5, 10.0])),
         threshold=draw(st.sampled_from([None, 0.5, 0.9, 0.0])),
     )

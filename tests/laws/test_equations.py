@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from d2cache import (
+    all_finite,
     attention_rollout,
     certainty_density,
     certainty_prior,
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 import oracle
 from strategies import ModelSpec
 
-SIGMAS = st.floats(0.05, 100)
+SIGMAS = st.floats(0.01, 100)
 SHARES = st.floats(0, 1)
 
 
@@ -116,14 +117,13 @@ def test_a_recomputed_row_hands_on_half_of_its_influence_in_every_layer():
     assert by_both.tolist() == [[0.65625, 1.671875, 0.671875]]
 
 
-@given(rollouts(), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+@given(rollouts(), st.sampled_from([torch.float64, torch.float32]))
 def test_rollout_neither_makes_nor_loses_influence(drawn, dtype):
-    """Also when rounding keeps the rows of a map from summing to one."""
     maps, positions, valid = drawn
     influence = attention_rollout(maps.to(dtype), positions, valid)
     T = torch.full((maps.shape[1],), float(maps.shape[3]), dtype=influence.dtype)
     torch.testing.assert_close(influence.sum(dim=1), T, rtol=1e-5, atol=1e-5)
-    assert influence.dtype in (torch.float32, torch.float64)
+    assert influence.dtype == dtype
 
 
 @given(scores_and_candidates(), SHARES | st.sampled_from([0.0, 0.1, 0.5, 1.0]))
@@ -192,15 +192,14 @@ def test_unpack_puts_back_what_pack_put_first(chosen, data):
 
 @given(st.data(), st.integers(1, 3), st.integers(2, 12))
 def test_the_row_before_is_that_of_the_position_before(data, B, T):
-    """Rows hold their own position as hidden state; a repeat of the first row never counts."""
+    """Rows hold their own position as hidden state."""
     predicted = torch.tensor(data.draw(bool_rows(B, T)))
     chosen = predicted.clone()
     chosen[:, :-1] |= predicted[:, 1:]
     chosen[:, 0] = True
     Q, R = int(chosen.sum(dim=1).max()), int(predicted.sum(dim=1).max())
-    positions, valid = pack(chosen, predicted, Q)
-    hidden = positions.where(valid, -1)[:, :, None].double()
-    before = rows_before(hidden, positions, valid, R, T)[:, :, 0].long()
+    positions, _ = pack(chosen, predicted, Q)
+    before = rows_before(positions[:, :, None].double(), positions, R, T)[:, :, 0].long()
     for b in range(B):
         expected = [max(i - 1, 0) for i in range(T) if predicted[b, i]]
         assert before[b, : len(expected)].tolist() == expected
@@ -252,8 +251,8 @@ def test_tokens_are_drawn_from_the_softmax_at_their_temperature(temperature):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_row_of_logits_that_are_not_finite_has_no_confidence(value):
+def test_one_logit_that_is_not_finite_is_noticed(value):
     logits = torch.zeros(1, 2, 6)
+    assert all_finite(logits)
     logits[0, 1, 4] = value
-    confidence, _ = predict(logits, CONFIG)
-    assert confidence.isnan().tolist() == [[False, True]]
+    assert not all_finite(logits)
