@@ -558,6 +558,7 @@ NO_TENSORS = {
     "pointer": (LFS, NO_JSON["pointer"][1]),
 }
 BROKEN = {"config.json": NO_JSON, INDEX: NO_JSON | NO_MAP, SHARD: NO_TENSORS}
+BROKEN["tokenizer.json"] = {"pointer": NO_JSON["pointer"]}
 
 
 @pytest.mark.parametrize(
