@@ -10,21 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
-    ADDED,
-    LETTERS,
-    LLADA_SPECIAL,
-    QWEN2,
-    TINY,
-    VOCAB,
-    byte_level_bpe,
-    refusal,
-    slow_bpe,
-    write_json,
-    write_llada_tokenizer,
-    write_qwen2,
-    write_words,
-)
+from checkpoints import ADDED, LETTERS, LLADA_SPECIAL, QWEN2, TINY, VOCAB, byte_level_bpe, refusal
+from checkpoints import slow_bpe, write_json, write_llada_tokenizer, write_qwen2, write_words
 from hypothesis import example, given
 from hypothesis import strategies as st
 from model import QWEN2_WORDS, Config, decode_response, encode_prompt, load_tokenizer
