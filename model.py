@@ -811,15 +811,16 @@ def load_model(path_or_repo_id, device, dtype, revision):
         dtype = next(iter(tensors.values())).dtype
         require_device(device, dtype)
 
-    # So many layers as a damaged config may ask for could not even be built.
+    # A damaged config may ask for so many layers that they could not even be built.
     layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     other = f"{folder}: config.json counts {config.n_layers} layers, the files hold {layers}"
     require(config.n_layers == layers, other)
     if config.weight_tying and "ff_out.weight" in tensors:
         head = tensors.pop("ff_out.weight")
         embedding = tensors.setdefault("wte.weight", head)  # some files hold the head alone
-        unlike = f"{folder}: the head is the embedding, says config.json, the files hold another"
-        require(torch.equal(head.to(embedding), embedding), unlike)
+        tied = f"{folder}: config.json says that the head is the embedding, the files hold another"
+        same = torch.equal(head.to(embedding), embedding)
+        require(same, f"{tied} (if that one is meant, say so in config.json)")
 
     try:
         with torch.device("meta"):

@@ -116,7 +116,7 @@ def test_a_head_unlike_the_embedding_it_is_tied_to_is_refused(tmp_path):
     """One of the two is meant, and nobody knows which."""
     change = {"lm_head.weight": torch.zeros(12, 8)}
     message = refusal(write_layout(tmp_path, "illada", change=change)[0])
-    assert message.startswith(f"{tmp_path}: the head is the embedding, says config.json")
+    assert message.startswith(f"{tmp_path}: config.json says that the head is the embedding")
 
 
 @pytest.mark.parametrize(
