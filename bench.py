@@ -509,9 +509,10 @@ def time_row(model, prompt, gen_length, row, replayed, rates):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
-    cache = KVCache(model.config, len(prompt), T, weight.device, weight.dtype)
-    decoding = CudaGraphs(policy) if replayed else policy
-    arguments = row.arguments | {"policy": decoding, "cache": cache}
+    arguments = row.arguments
+    if replayed:
+        cache = KVCache(model.config, len(prompt), T, weight.device, weight.dtype)
+        arguments = arguments | {"policy": CudaGraphs(policy), "cache": cache}
     step_seconds(model, prompt, gen_length, arguments, steps if prompt.is_cuda else 1)
     runs = []
     spent = 0
@@ -707,14 +708,19 @@ class CudaGraphs:
         tokens, positions, valid, *padding = own_inputs
         state = replace(state, tokens=tokens, padding=padding[0] if padding else None)
         arguments = (self.policy, self.model, self.cache, state, positions, valid, rows)
+        graph, outputs = self.graph_of(partial(recompute, *arguments))
+        return graph, own_inputs, outputs
+
+    def graph_of(self, run):
+        """A graph of what run() launches, and the tensors in which a replay leaves its results."""
         graph = torch.cuda.CUDAGraph()
         # Sharing memory is safe: the results of one graph are used up before the next is replayed.
-        with torch.cuda.device(tokens.device):
-            recompute(*arguments)  # what kernels do when they are first used cannot be captured
+        with torch.cuda.device(self.model.wte.weight.device):
+            run()  # what kernels do when they are first used cannot be captured
             with torch.cuda.graph(graph, pool=self.pool):
-                outputs = recompute(*arguments)
+                outputs = run()
         self.pool = graph.pool()
-        return graph, own_inputs, outputs
+        return graph, outputs
 
 
 # ---- The command line ----------------------------------------------------------------------------
