@@ -44,7 +44,7 @@ def certainty_density(known, sigma, dtype=torch.float32):
     T = known.shape[1]
     reach = math.ceil(min(T - 1, 40 * sigma))  # further away the Gaussian is 0, even in float64
     distance = torch.arange(-reach, reach + 1, device=known.device, dtype=dtype)
-    window = torch.exp(-((distance / sigma) ** 2) / 2)
+    window = torch.exp(-0.5 * (distance / sigma) ** 2)
 
     padded = F.pad(known.to(dtype), (reach, reach))
     around = padded.unfold(1, len(window), 1)  # (B, T + 2 reach) -> (B, T, 2 reach + 1)
@@ -305,7 +305,9 @@ def choose_positions(policy, state, shifted):
         check_choice(policy, chosen, state)
 
     unfinished = state.block.any(dim=1, keepdim=True)
-    chosen = chosen & unfinished & (state.known | state.masked)
+    chosen = chosen & unfinished
+    if state.padding is not None:
+        chosen = chosen & ~state.padding
     predicted = chosen & state.masked
     if shifted:
         chosen = chosen | F.pad(predicted[:, 1:], (0, 1))
@@ -320,7 +322,7 @@ def pack(chosen, predicted, Q):
     gives the same keys and values. A finished sequence repeats position 0.
     2 x (B, T) bool -> positions (B, Q), valid (B, Q) bool
     """
-    priority = chosen.int() + predicted.int()  # predicted 2, only recomputed 1
+    priority = chosen.int() + predicted  # predicted 2, only recomputed 1
     order = priority.argsort(dim=1, descending=True, stable=True)[:, :Q]
     valid = chosen.gather(1, order)
     return order.where(valid, order[:, :1]), valid
@@ -371,9 +373,10 @@ def predict(logits, config, temperature=0.0, generator=None):
     score = logits
     if temperature > 0:
         score = with_noise(logits, temperature, generator)
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    excluded = (ids == config.mask_token_id) | (ids >= config.vocab_size)
-    token = score.masked_fill(excluded, -torch.inf).argmax(dim=-1)
+    score = score.clone()
+    score[..., config.mask_token_id] = -torch.inf
+    score[..., config.vocab_size :] = -torch.inf
+    token = score.argmax(dim=-1)
 
     wide = torch.promote_types(logits.dtype, torch.float32)
     probability = torch.softmax(logits, dim=-1, dtype=wide)
@@ -417,7 +420,9 @@ def end_at_eos(state, config, prompt_length):
     The end is the first token of config.end_ids, EOS or end of turn, once none before it is masked.
     Response "a [MASK] EOS [MASK]" stays as it is; "a b EOS [MASK]" becomes "a b EOS EOS".
     """
-    ends = torch.isin(state.tokens, torch.tensor(config.end_ids, device=state.tokens.device))
+    ends = torch.zeros_like(state.known)
+    for id in config.end_ids:
+        ends = ends | (state.tokens == id)
     ends = ends & (state.masked.cumsum(dim=1) == 0)  # everything up to here is decoded
     ends[:, :prompt_length] = False
     after_end = F.pad(ends.cumsum(dim=1)[:, :-1] > 0, (1, 0))
@@ -563,7 +568,7 @@ def decode(
         density = certainty_density(state.known, sigma, state.confidence.dtype)
         state = replace(state, block=block, density=density)
         chosen, predicted = choose_positions(policy, state, model.config.shifted)
-        Q, R = sizes_of_step(policy, state, chosen, predicted, finite)
+        Q, R = count_and_check(policy, state, chosen, predicted, finite)
         if state.step > 0:
             yield state  # no sooner: only now it is known that its logits were finite
         if Q == 0:  # every sequence is finished
@@ -573,6 +578,8 @@ def decode(
         logits, influence = forward(model, cache, state, positions, valid, R)
         if influence is None:
             influence = state.influence
+        else:  # a finished sequence keeps its own
+            influence = influence.where(chosen.any(dim=1, keepdim=True), state.influence)
         finite = all_finite(logits)
 
         probability, token = predict(logits, model.config, temperature, generator)
@@ -586,7 +593,7 @@ def decode(
             decoded_at=state.decoded_at.masked_fill(commit, step),
             recomputed_at=state.recomputed_at.masked_fill(chosen, step),
             confidence=confidence,
-            influence=influence.where(chosen.any(dim=1, keepdim=True), state.influence),
+            influence=influence,
             step=step,
         )
         if stop_at_eos:
@@ -603,7 +610,7 @@ def generate(model, prompt, gen_length, **arguments):
     return state.tokens
 
 
-def sizes_of_step(policy, state, chosen, predicted, finite):
+def count_and_check(policy, state, chosen, predicted, finite):
     """Q and R: the most positions that any sequence recomputes, and predicts, in this step.
 
     This is the one transfer from device to host in a step. So it also brings whether the logits of
