@@ -44,7 +44,7 @@ def certainty_density(known, sigma, dtype=torch.float32):
     T = known.shape[1]
     reach = math.ceil(min(T - 1, 40 * sigma))  # further away the Gaussian is 0, even in float64
     distance = torch.arange(-reach, reach + 1, device=known.device, dtype=dtype)
-    window = torch.exp(-((distance / sigma) ** 2) / 2)
+    window = torch.exp(-0.5 * (distance / sigma) ** 2)
 
     padded = F.pad(known.to(dtype), (reach, reach))
     around = padded.unfold(1, len(window), 1)  # (B, T + 2 reach) -> (B, T, 2 reach + 1)
@@ -305,7 +305,9 @@ def choose_positions(policy, state, shifted):
         check_choice(policy, chosen, state)
 
     unfinished = state.block.any(dim=1, keepdim=True)
-    chosen = chosen & unfinished & (state.known | state.masked)
+    chosen = chosen & unfinished
+    if state.padding is not None:
+        chosen = chosen & ~state.padding
     predicted = chosen & state.masked
     if shifted:
         chosen = chosen | F.pad(predicted[:, 1:], (0, 1))
@@ -320,7 +322,7 @@ def pack(chosen, predicted, Q):
     gives the same keys and values. A finished sequence repeats position 0.
     2 x (B, T) bool -> positions (B, Q), valid (B, Q) bool
     """
-    priority = chosen.int() + predicted.int()  # predicted 2, only recomputed 1
+    priority = chosen.int() + predicted  # predicted 2, only recomputed 1
     order = priority.argsort(dim=1, descending=True, stable=True)[:, :Q]
     valid = chosen.gather(1, order)
     return order.where(valid, order[:, :1]), valid
@@ -371,9 +373,10 @@ def predict(logits, config, temperature=0.0, generator=None):
     score = logits
     if temperature > 0:
         score = with_noise(logits, temperature, generator)
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    excluded = (ids == config.mask_token_id) | (ids >= config.vocab_size)
-    token = score.masked_fill(excluded, -torch.inf).argmax(dim=-1)
+    score = score.clone()
+    score[..., config.mask_token_id] = -torch.inf
+    score[..., config.vocab_size :] = -torch.inf
+    token = score.argmax(dim=-1)
 
     wide = torch.promote_types(logits.dtype, torch.float32)
     probability = torch.softmax(logits, dim=-1, dtype=wide)
@@ -439,14 +442,19 @@ def copy_of(state):
 
 
 def check_choice(policy, chosen, state):
-    """ValueError unless what a policy chose is a mask of the canvas."""
-    name = f"step {state.step + 1}: policy {type(policy).__name__}"
-    shape = tuple(state.known.shape)
-    right = f"should be a tensor {shape} of torch.bool on {state.known.device}"
-    require(torch.is_tensor(chosen), f"{name} chose a {type(chosen).__name__}, {right}")
-    found = f"{tuple(chosen.shape)} of {chosen.dtype} on {chosen.device}"
-    same = chosen.shape == shape and chosen.device == state.known.device
-    require(same and chosen.dtype == torch.bool, f"{name} chose a tensor {found}, {right}")
+    """ValueError unless what a policy chose is a mask of the canvas, such as `known` is."""
+    found = f"a {type(chosen).__name__}"
+    if torch.is_tensor(chosen):
+        found = kind_of(chosen)
+    wanted = kind_of(state.known)
+    name = type(policy).__name__
+    fault = f"step {state.step + 1}: policy {name} chose {found}, should be {wanted}"
+    require(found == wanted, fault)
+
+
+def kind_of(tensor):
+    """A tensor's shape, dtype and device, for a message."""
+    return f"a tensor {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -565,7 +573,7 @@ def decode(
         density = certainty_density(state.known, sigma, state.confidence.dtype)
         state = replace(state, block=block, density=density)
         chosen, predicted = choose_positions(policy, state, model.config.shifted)
-        Q, R = sizes_of_step(policy, state, chosen, predicted, finite)
+        Q, R = count_and_check(policy, state, chosen, predicted, finite)
         if state.step > 0:
             yield state  # no sooner: only now it is known that its logits were finite
         if Q == 0:  # every sequence is finished
@@ -575,6 +583,8 @@ def decode(
         logits, influence = forward(model, cache, state, positions, valid, R)
         if influence is None:
             influence = state.influence
+        else:  # a finished sequence keeps its own
+            influence = influence.where(chosen.any(dim=1, keepdim=True), state.influence)
         finite = all_finite(logits)
 
         probability, token = predict(logits, model.config, temperature, generator)
@@ -588,7 +598,7 @@ def decode(
             decoded_at=state.decoded_at.masked_fill(commit, step),
             recomputed_at=state.recomputed_at.masked_fill(chosen, step),
             confidence=confidence,
-            influence=influence.where(chosen.any(dim=1, keepdim=True), state.influence),
+            influence=influence,
             step=step,
         )
         if stop_at_eos:
@@ -605,7 +615,7 @@ def generate(model, prompt, gen_length, **arguments):
     return state.tokens
 
 
-def sizes_of_step(policy, state, chosen, predicted, finite):
+def count_and_check(policy, state, chosen, predicted, finite):
     """Q and R: the most positions that any sequence recomputes, and predicts, in this step.
 
     This is the one transfer from device to host in a step. So it also brings whether the logits of
@@ -631,28 +641,27 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 def check_prompt(prompt, prompt_mask, gen_length, config):
     """ValueError unless prompt and mask fit, and leave room for gen_length tokens."""
     require(torch.is_tensor(prompt), f"prompt is {type(prompt)}, should be (B, P) integers")
-    shape = tuple(prompt.shape)
-    fits = prompt.dtype in INTEGERS and len(shape) == 2 and shape[0] > 0
-    require(fits, f"prompt is {shape} {prompt.dtype}, should be (B, P) integers")
+    fits = prompt.dtype in INTEGERS and prompt.dim() == 2 and len(prompt) > 0
+    require(fits, f"prompt is {kind_of(prompt)}, should be (B, P) integers")
 
     ids = prompt.long()
-    valid = (ids >= 0) & (ids < config.vocab_size) | (ids == config.mask_token_id)
-    wrong = ids[~valid].tolist()
+    has_token = (ids >= 0) & (ids < config.vocab_size)
+    wrong = ids[~has_token & (ids != config.mask_token_id)].tolist()
     require(not wrong, f"prompt holds ids {wrong[:5]}, should be 0 to {config.vocab_size - 1}")
 
-    T = config.max_sequence_length
-    room = T - shape[1]
-    require(room >= 1, f"prompt has {shape[1]} tokens, should leave room for more: T is up to {T}")
+    P = prompt.shape[1]
+    room = config.max_sequence_length - P
     check_whole("gen_length", gen_length)
-    fault = f"gen_length is {gen_length} after a prompt of {shape[1]}, should be from 1 to {room}"
+    fault = f"gen_length is {gen_length} after a prompt of {P}, should be at most {room}"
     require(gen_length <= room, fault)
 
     if prompt_mask is not None:
-        require(torch.is_tensor(prompt_mask), f"prompt_mask is {type(prompt_mask)}, no tensor")
+        right = f"should be ({len(prompt)}, {P}), in each row zeros (padding), then at least one 1"
+        require(torch.is_tensor(prompt_mask), f"prompt_mask is {type(prompt_mask)}, {right}")
         real = prompt_mask.bool()
         padded_left = real.shape == prompt.shape and (real[:, 1:] >= real[:, :-1]).all()
-        fault = f"prompt_mask {tuple(real.shape)} should be {shape}, in each row zeros (padding),"
-        require(padded_left and real[:, -1:].all(), f"{fault} then at least one 1")
+        fault = f"prompt_mask is {kind_of(prompt_mask)}, {right}"
+        require(padded_left and real[:, -1:].all(), fault)
 
 
 def check_whole(name, value):
@@ -791,17 +800,19 @@ def trace(before, state, sigma, tokenizer, end_ids=()):
 
     With end_ids, if decoding stops there, what was made EOS behind the end is only counted.
     """
-    role = {name: positions[0] for name, positions in roles(before, state).items()}
-    prior = certainty_prior(state.confidence, state.known & ~state.fresh, sigma)[0]
+    prior = certainty_prior(state.confidence, state.known & ~state.fresh, sigma)[0].tolist()
+    confidence = state.confidence[0].tolist()
+    tokens = state.tokens[0].tolist()
     commits = []
-    for i in role["committed"].nonzero()[:, 0].tolist():
-        id = state.tokens[0, i].item()
-        text = tokenizer.decode([id], skip_special_tokens=False)
-        commits.append(f"{i} {text!r} {state.confidence[0, i]:.3f} {prior[i]:.3f}")
-        if id in end_ids and not state.masked[0, :i].any():
+    for i in state.fresh[0].nonzero()[:, 0].tolist():
+        text = tokenizer.decode([tokens[i]], skip_special_tokens=False)
+        commits.append(f"{i} {text!r} {confidence[i]:.3f} {prior[i]:.3f}")
+        if tokens[i] in end_ids and not state.masked[0, :i].any():
             commits.append(f"and {state.fresh[0, i + 1 :].sum()} behind it")
             break
-    reasons = [places(role[name]) for name in ("candidates", "fresh", "known")]
+
+    role = roles(before, state)
+    reasons = [places(role[name][0]) for name in ("candidates", "fresh", "known")]
     return TRACE.format(state.step, ", ".join(commits), *reasons)
 
 

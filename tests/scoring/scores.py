@@ -65,13 +65,12 @@ def plain(text):
 
 
 def words_of(text):
-    """The words of a plain text, "=" and line ends among them, so that each has two neighbours."""
-    return ["\n", "\n", *WORD.findall(text), "\n", "\n"]
+    """The words of a plain text, "=" and line ends among them; and which of them hold digits.
 
-
-def places_of_numbers(words):
-    """Indices of the words that hold digits."""
-    return [i for i, word in enumerate(words) if DIGIT.search(word)]
+    Line ends around it give every word two neighbours on each side.
+    """
+    words = ["\n", "\n", *WORD.findall(text), "\n", "\n"]
+    return words, [i for i, word in enumerate(words) if DIGIT.search(word)]
 
 
 def read_number(words, i):
@@ -99,25 +98,23 @@ def read_number(words, i):
 
 def only_number(text):
     """The Decimal that a plain text says, or comes to; None: none, or more than one."""
-    words = words_of("=" + text.rpartition("=")[2])  # x = 7
-    places = places_of_numbers(words)
+    words, places = words_of("=" + text.rpartition("=")[2])  # x = 7
     return read_number(words, places[0]) if len(places) == 1 else None
 
 
 def final_number(text):
     """The Decimal that a response comes to, by the rule of "exact match" above; None without."""
     text = plain(text)
-    words = words_of(text)
-    for i, word in enumerate(words):
-        if word == "####" and re.match(r"\W*[\d¼-¾⅐-⅞]", words[i + 1]):
-            is_heading = words[i + 1][-1] in ".):" and words[i + 2] != "\n"  # "#### 1. Add them"
-            if not is_heading:
-                return read_number(words, i + 1)
+    words, places = words_of(text)
+    for i in places:
+        is_marked = words[i - 1] == "####" and "boxed" not in words[i]
+        is_heading = words[i][-1] in ".):" and words[i + 1] != "\n"  # "#### 1. Add them"
+        if is_marked and not is_heading:
+            return read_number(words, i)
 
     boxes = [box for box in BOX.findall(text) if DIGIT.search(box)]
     if boxes:
         return only_number(boxes[-1])
-    places = places_of_numbers(words)
     return read_number(words, places[-1]) if places else None
 
 

@@ -1,8 +1,11 @@
 """Scores of responses, data files and programs that are written by hand, beside the right ones."""
 
+import fcntl
 import json
 import os
+import re
 import sys
+import time
 from decimal import Decimal
 
 import pytest
@@ -11,42 +14,45 @@ from scores import Problem, final_number, is_right, read_problems, runs_code
 
 # ---- Numbers -------------------------------------------------------------------------------------
 
+# What a response comes to, and such responses, with four spaces between them.
 NUMBERS = """
-    7                       Done: 7.    = 7.    7.00    3 + 4 = 7    <<3+4=7>>7    (7)    "7"    7...
-    7                       **7**    _7_    `7`    \\(7\\)    $$7$$    = 7 \\]    ~7    Answer:7
-    7                       7km    7 apples    7 km/h    $7/hour    7%    7\\%    7th    7-day    US$7
-    7                       \\n- 7 eggs    * 7    \\n7\\n    so 7 - yes    1 and 7    3, 4, 7    \uff17
-    -7                      -7    = -7    \u22127    \u20137    -$7    $-7    (-7)    -**7**    $-7$
-    0.5                     0.5    .5    about .50    $.5
-    1234.5                  1,234.5    $1,234.50    1{,}234.5    1,\\!234.5    1\\,234.5    1\\ 234.5
-    1234567                 1\u202f234\u202f567    1\u00a0234\u2009567    1 234 567    1~234~567
-    7                       The answer is 3 + 4 = 7.    Answer: 16 - 9 = 7
-    18                      Answer: 16 - 3 - 4 = 9 eggs. 9 * 2 = $18    The answer is not 7 but 18
-    None                    none    ####    7/2    7 / 2    2 1/2    2\u00bd    2 and a half    7 or \u00bd
-    None                    1,23    0,500    1.000,50    1,2345    3,4,5    3.5.1    007    1'000
-    None                    10^3    10^{3}    10**3    10 ** 3    10\u00b3    1e3    1.5e-3    2 * 10^3
-    None                    10k    10 k    $1.5M    2bn    2 million    2 hundred.    2\\pi    2 \\pi
-    None                    3-5    3 - 5    (3)-5    9 -2    x-5    x - 5    = - 7    5-7    \\boxed{- 7}
-    None                    3 + 4    3*4    3 x 4    3 \\times 4    3 divided by 4    minus 7    = 4 + x
-    None                    x5    x_5    B12    COVID-19    12:30    6'2    \\sqrt{49}    \u221a49    7x    7/x
-    18                      \\boxed{18}, not 7    \\boxed{ \\$18 }    \\boxed{x = 18}    \\boxed{18\\%}
-    18                      \\boxed{18 \\text{ eggs}} of 7    \\boxed{\\text{18}}    \\boxed{18^\\circ}
-    18                      \\boxed{7} so \\boxed{18}    \\boxed{x} = 18    #### $\\boxed{18}$ of 7
-    1000                    \\boxed{1,\\!000} of 7    \\boxed{1\\,000}    \\boxed{1{,}000}
-    None                    \\boxed{7/2}    \\boxed{\\frac{3}{4}}    \\boxed{3, 4}    \\boxed{3 + 4}    \\boxed{7
-    None                    \\boxed{7 \\text{ or } 8}    \\boxed{\\frac{\\sqrt{2}}{2}}    -\\boxed{7}    \\boxed{3}/4
-    18                      #### 18    ####18 of 7    #### **18**, not 7    so 7 #### 18 #### 19    #### $18
-    18                      #### 18 of $7    \\boxed{7} #### 18    #### 18\\n\\nIs 7 + 8 = 15?
-    18                      #### 1. Add them: 18    #### Step 1: so 18    #### 7: Add\\nso 18
-    None                    #### 7/2 of 7    #### 2 1/2    #### 1e3 or 7    #### 16 - 3 = 7    #### 2 million
+    7          Done: 7.    = 7.    7.00    3 + 4 = 7    <<3+4=7>>7    (7)    "7"    7...
+    7          **7**    _7_    `7`    \\(7\\)    $$7$$    = 7 \\]    ~7    Answer:7
+    7          7km    7 apples    7 km/h    $7/hour    7%    7\\%    7th    7-day    US$7
+    7          \\n- 7 eggs    * 7    \\n7\\n    so 7 - yes    1 and 7    3, 4, 7    \uff17
+    -7         -7    = -7    \u22127    \u20137    -$7    $-7    (-7)    -**7**    $-7$
+    0.5        0.5    .5    about .50    $.5
+    1234.5     1,234.5    $1,234.50    1{,}234.5    1,\\!234.5    1\\,234.5    1\\ 234.5
+    1234567    1\u202f234\u202f567    1\u00a0234\u2009567    1 234 567    1~234~567
+    7          The answer is 3 + 4 = 7.    Answer: 16 - 9 = 7
+    567        in 2021 567 eggs    1, 567
+    18         Answer: 16 - 3 - 4 = 9 eggs. 9 * 2 = $18    The answer is not 7 but 18
+    None       none    ####    7/2    7 / 2    2 1/2    2\u00bd    2 and a half    7 or \u00bd
+    None       1,23    0,500    1.000,50    1,2345    3,4,5    3.5.1    007    1'000
+    None       10^3    10^{3}    10**3    10 ** 3    10\u00b3    1e3    1.5e-3    2 * 10^3
+    None       10k    10 k    $1.5M    2bn    2 million    2 hundred.    2\\pi    2 \\pi
+    None       3-5    3 - 5    (3)-5    9 -2    x-5    x - 5    = - 7    5-7    \\boxed{- 7}
+    None       3 + 4    3*4    3 x 4    3 \\times 4    3 divided by 4    minus 7    = 4 + x
+    None       x5    x_5    B12    COVID-19    12:30    6'2    \\sqrt{49}    \u221a49    7x    7/x
+    18         \\boxed{18}, not 7    \\boxed{ \\$18 }    \\boxed{x = 18}    \\boxed{18\\%}
+    18         \\boxed{18 \\text{ eggs}} of 7    \\boxed{\\text{18}}    \\boxed{18^\\circ}
+    18         \\boxed{7} so \\boxed{18}    \\boxed{x} = 18    #### $\\boxed{18}$ of 7
+    1000       \\boxed{1,\\!000} of 7    \\boxed{1\\,000}    \\boxed{1{,}000}
+    None       \\boxed{7/2}    \\boxed{\\frac{3}{4}}    \\boxed{3, 4}    \\boxed{3}/4
+    None       \\boxed{7 \\text{ or } 8}    \\boxed{\\frac{\\sqrt{2}}{2}}    -\\boxed{7}
+    None       \\boxed{3 + 4}    \\boxed{7
+    18         #### 18    ####18 of 7    #### **18**, not 7    so 7 #### 18 #### 19    #### $18
+    18         #### 18 of $7    \\boxed{7} #### 18    #### 18\\n\\nIs 7 + 8 = 15?
+    18         #### 1. Add them: 18    #### Step 1: so 18    #### 7: Add\\nso 18
+    None       #### 7/2 of 7    #### 2 1/2    #### 1e3 or 7    #### 16 - 3 = 7    #### 2 million
 """
-LINES = [line.strip().split("    ") for line in NUMBERS.strip().split("\n")]
-CASES = [(said, line[0]) for line in LINES for said in line[1:] if said.strip()]
+LINES = [re.split(" {3,}", line.strip()) for line in NUMBERS.strip().split("\n")]
+CASES = [(said, number) for number, *line in LINES for said in line]
 
 
 @pytest.mark.parametrize("said, number", CASES)
 def test_a_response_comes_to_its_marked_or_last_number_and_to_no_part_of_another(said, number):
-    said = said.strip().replace("\\n", "\n")
+    said = said.replace("\\n", "\n")
     assert final_number(said) == (None if number == "None" else Decimal(number))
 
 
@@ -111,7 +117,7 @@ def test_a_reference_answer_is_one_number_behind_its_mark(tmp_path, answer):
 
 NO_ANSWERS = """two; #### two; ####; #### 1/2; 12:30; #### 2 1/2; #### 1e3; \\boxed{\\frac{3}{4}}
 #### 3, 4; #### 3 or 4; 3 #### 4 #### 5; #### 10^3; #### 5-7; #### 7k; #### 1,23; #### 2 million
-#### 3 + 4; #### - 7; #### x5; #### \u00bd; #### 72 eggs in 2 days; He has 3 and she 4; \\boxed{x}"""
+#### 3 + 4; #### - 7; #### x5; #### \u00bd; #### 72 eggs in 2 days; He has 3, she 4; \\boxed{x}"""
 
 
 @pytest.mark.parametrize("answer", NO_ANSWERS.replace("\n", "; ").split("; "))
@@ -255,10 +261,17 @@ def test_any_other_program_fails(program):
     assert not run_code.passes([program, *TESTS])
 
 
-def test_an_endless_program_ends_with_all_that_it_started():
+def test_a_program_ends_after_its_time_and_with_all_that_it_started(tmp_path):
     assert not run_code.passes([RIGHT + "while True: pass", *TESTS], seconds=1)
-    forks = "import os, time\nif os.fork() == 0:\n    time.sleep(60)\n"
+
+    lock = tmp_path / "lock"  # held as long as the child lives
+    forks = f"import fcntl, os, time\nfile = open({str(lock)!r}, 'w')\nfcntl.flock(file, 2)\n"
+    forks += "if os.fork() == 0:\n    time.sleep(20)\n"
+    start = time.monotonic()
     assert run_code.passes([RIGHT + forks, *TESTS])
+    with open(lock) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    assert time.monotonic() - start < 10
 
 
 def test_where_python_cannot_start_no_program_is_called_wrong(tmp_path, monkeypatch):
