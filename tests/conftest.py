@@ -43,7 +43,7 @@ def pytest_addoption(parser):
     parser.addoption("--solution", help="grade the functions that this file defines")
     parser.addoption("--policy", help="grade this policy: FILE.py:Name(k=8)")
     parser.addoption("--grade", help="write the points there, as Gradescope's results.json")
-    parser.addoption("--limit", default=60.0, type=float, help="seconds for each law (60)")
+    parser.addoption("--limit", default=120.0, type=float, help="seconds for each law (120)")
 
 
 def pytest_configure(config):

@@ -4,30 +4,31 @@ import inspect
 
 import d2cache
 import starter
-from d2cache import EMBEDDED_MODEL, EXAMPLE
+from d2cache import EMBEDDED_MODEL, EXAMPLE, places
 from model import Transformer, encode_prompt, load_tokenizer
 
 import grading
 
 
 def test_the_embedded_model_decodes_the_same_words(pytestconfig, monkeypatch):
-    """With all that --solution defines in the place of ours; without it, with our own file loaded
-    as a student's."""
+    """From the same positions in every step, with all that --solution defines in the place of ours;
+    without it, with our own file loaded as a student's."""
     model = Transformer.from_pretrained(EMBEDDED_MODEL)
     tokenizer = load_tokenizer(EMBEDDED_MODEL)
     prompt = encode_prompt(tokenizer, EXAMPLE)
 
-    def words():
-        tokens = d2cache.generate(model, prompt, 64, policy=d2cache.D2Cache(k=8))
-        return tokenizer.decode(tokens[0, prompt.shape[1] :].tolist(), skip_special_tokens=False)
+    def lines():
+        for state in d2cache.decode(model, prompt, 64, policy=d2cache.D2Cache(k=8)):
+            words = tokenizer.decode(state.tokens[0, prompt.shape[1] :].tolist())
+            yield f"{words}, step {state.step} recomputes {places(state.chosen[0])}"
 
-    expected = words()
+    right = list(lines())
     theirs = grading.load(pytestconfig.option.solution or d2cache.__file__)
     for name, part in grading.replacements(theirs, grading.POINTS).items():
         monkeypatch.setattr(d2cache, name, part)
-    computed = words()
-    if computed != expected:
-        raise AssertionError(f"computed {computed}\nexpected {expected}")
+    for computed, expected in zip(lines(), right, strict=True):
+        if computed != expected:
+            raise AssertionError(f"computed {computed}\nexpected {expected}")
 
 
 def functions(module):
