@@ -1,6 +1,6 @@
 """Settings for all tests: import path, one torch thread, hypothesis profiles, the gpu marker.
 
---solution FILE.py and --policy FILE.py:Name grade a file instead: see tests/course/grading.py.
+--solution=FILE.py and --policy FILE.py:Name grade a file instead: see tests/course/grading.py.
 """
 
 import os
@@ -50,6 +50,8 @@ def pytest_configure(config):
     option = config.option
     if option.solution is None and option.policy is None:
         return
+    if option.solution and option.policy:
+        raise pytest.UsageError("grade a --solution or a --policy, not both at once")
     if option.policy and ".py:" not in option.policy:
         raise pytest.UsageError(f"policy is {option.policy!r}, should be FILE.py:Name")
     if not hasattr(os, "fork"):

@@ -1,17 +1,19 @@
 """Grades a file: the laws run one by one, each in a process of its own, and earn points.
 
-`python -m pytest --solution FILE.py` puts the functions that FILE defines in the place of ours, one
-in each law: all others are the reference's. `--policy FILE.py:Name(k=8)` puts a policy through the
-laws of the contract, a point each. `--grade results.json` writes the points as Gradescope reads
+`python -m pytest --solution=FILE.py` puts the functions that FILE defines in the place of ours, one
+in each law: all others are the reference's. `--policy "FILE.py:Name(k=8)"` puts a policy through
+the laws of the contract, a point each. `--grade=results.json` writes the points as Gradescope reads
 them. tests/conftest.py registers this module as a plugin of pytest.
 
 The file is executed. Processes and time limits keep accidents apart, not malice: a course that
 grades what others wrote runs this in its own sandbox.
 """
 
+import contextlib
 import copy
 import functools
 import importlib.util
+import io
 import json
 import multiprocessing
 import re
@@ -22,7 +24,6 @@ from pathlib import Path
 import d2cache
 import pytest
 import torch
-from _pytest.runner import runtestprotocol
 from hypothesis import strategies as st
 
 from strategies import POLICIES
@@ -50,22 +51,18 @@ POINTS = {
     "pack": {"test_pack_lists_the_chosen_the_predicted_first_and_repeats_only_to_fill": 3},
     "unpack": {"test_unpack_puts_back_what_pack_put_first": 2},
     "unmask": {"test_unmask_commits_the_best_of_the_block_and_what_reaches_the_threshold": 3},
-    "about_to_be_decoded": {
-        "test_stage_1_is_the_masked_positions_of_highest_prior_those_of_the_block_first": 3
-    },
+    "about_to_be_decoded": {"test_stage_1_is_the_highest_prior_that_of_the_block_first": 3},
     "attended": {"test_stage_2_is_the_nucleus_of_influence_among_the_known": 2},
-    "all together": {"test_the_embedded_model_decodes_the_same_words": 2},
 }
-JUDGES = {  # the files of the laws
+TOGETHER = {"all together": {"test_the_embedded_model_decodes_the_same_words": 2}}
+STAGES = ("about_to_be_decoded", "attended")  # methods of a class D2Cache
+JUDGES = {  # the files that hold the laws
     "solution": ("test_equations.py", "test_course.py"),
     "policy": ("test_decoding.py", "test_graphs.py"),
 }
-STAGES = ("about_to_be_decoded", "attended")  # methods of a class D2Cache
-
 # The examples that hypothesis draws hang on a test's name, so it is the same for every submission.
 THEIRS = "theirs"
-FAULT = pytest.StashKey()  # what is wrong with the whole file, if anything is
-VERDICTS = pytest.StashKey()  # entries of Gradescope's list of tests
+LAWS, FAULT, ENTRIES = pytest.StashKey(), pytest.StashKey(), pytest.StashKey()
 
 
 # ---- The submission ------------------------------------------------------------------------------
@@ -83,12 +80,13 @@ def load(file):
 
 def parts_of(theirs):
     """{name: function} of what a module defines itself: functions, and stages of its D2Cache."""
-    their_class = getattr(theirs, "D2Cache", d2cache.D2Cache)
-    stages = {} if their_class is d2cache.D2Cache else vars(their_class)
     found = {}
     for name in POINTS:
-        part = stages.get(name) if name in STAGES else getattr(theirs, name, None)
-        if callable(part) and part is not getattr(d2cache, name, None):
+        owner, ours = theirs, d2cache
+        if name in STAGES:
+            owner, ours = getattr(theirs, "D2Cache", d2cache.D2Cache), d2cache.D2Cache
+        part = getattr(owner, name, None)
+        if callable(part) and part is not getattr(ours, name):
             found[name] = watched(part)
     return found
 
@@ -112,11 +110,12 @@ def watched(function):
         before = copy.deepcopy(given)
         returned = function(*arguments, **named)
 
+        name = function.__name__
         for value in returned if isinstance(returned, tuple) else (returned,):
-            kind = f"{function.__name__} returns a {type(value).__name__}, should return a tensor"
-            assert torch.is_tensor(value), kind
-        same = map(torch.equal, tensors_in(before), tensors_in(given))
-        assert all(same), f"{function.__name__} writes into an argument, should leave them alone"
+            kind = type(value).__name__
+            assert torch.is_tensor(value), f"{name} returns a {kind}, should return a tensor"
+        untouched = all(map(torch.equal, tensors_in(before), tensors_in(given)))
+        assert untouched, f"{name} writes into an argument, should leave them alone"
         return returned
 
     return call
@@ -145,7 +144,7 @@ def in_a_process(work, file, seconds):
     theirs.close()
     try:
         if not ours.poll(seconds):
-            return None, f"hangs: not done after {seconds} seconds"
+            return None, f"hangs: not done after {seconds:g} seconds"
         return tuple(json.loads(ours.recv_bytes()))
     except EOFError:
         process.join()
@@ -165,19 +164,36 @@ def answer(work, file, pipe):
 
 def explained(error, file):
     """What went wrong in a few lines: the message, the line of the file, and what was drawn."""
-    message = str(error)
     if isinstance(error, NotImplementedError):
         return "not implemented yet"
+    text = str(error)
     if not isinstance(error, AssertionError):
-        message = f"{type(error).__name__}: {message}"
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        text = f"{type(error).__name__}: {text}"
+    for frame in traceback.extract_tb(error.__traceback__)[::-1]:
         if Path(frame.filename) == Path(file):
-            message += f"\n{Path(file).name}, line {frame.lineno}: {frame.line}"
+            text += f"\n{Path(file).name}, line {frame.lineno}: {frame.line}"
             break
-    text = "\n".join([message, *getattr(error, "__notes__", [])])
-    lines = re.sub(" at 0x[0-9a-f]+", "", text).splitlines()  # the same in every run
-    lines = [line if len(line) <= 200 else line[:197] + "..." for line in lines if line.strip()]
+    text = "\n".join([text, *getattr(error, "__notes__", [])])
+    text = re.sub(" at 0x[0-9a-f]+", "", text)  # addresses are others in every run
+    lines = [line[:200] for line in text.splitlines() if line.strip()]
     return "\n".join(lines[:20])
+
+
+def judged(item):
+    """Try a law on the submission, in the place of ours; what was printed meanwhile."""
+    option, file = item.config.option, submitted(item.config)
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        if option.policy:
+            POLICIES[THEIRS] = st.just(d2cache.load_policy(option.policy))
+            item.obj(name=THEIRS)
+        elif item.originalname in TOGETHER["all together"]:
+            item.obj(file)
+        else:
+            part, _ = item.config.stash[LAWS][item.originalname]
+            vars(item.module).update(replacements(load(file), [part]))
+            item.obj()
+    return printed.getvalue().strip()
 
 
 # ---- Hooks of pytest -----------------------------------------------------------------------------
@@ -186,8 +202,7 @@ def explained(error, file):
 def submitted(config):
     """The absolute path of the file to be graded."""
     option = config.option
-    file = option.solution or option.policy.partition(".py:")[0] + ".py"
-    return str(Path(file).resolve())
+    return str(Path(option.solution or option.policy.partition(".py:")[0] + ".py").resolve())
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -198,101 +213,60 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Keep the laws that judge the submission, in the order of the table or the contract first."""
-    file, seconds = submitted(config), config.option.limit
-    if config.option.solution:
-        names, fault = in_a_process(lambda: list(parts_of(load(file))), file, seconds)
+    """Keep the laws that judge the submission: in the table's order, or the contract first."""
+    option, file = config.option, submitted(config)
+    if option.solution:
+        names, fault = in_a_process(lambda: list(parts_of(load(file))), file, option.limit)
         if names == []:
-            fault = f"defines none of {', '.join(list(POINTS)[:-1])}"
-        names = [*(names or POINTS), "all together"]
-        laws = {
-            law: (name, n) for name in POINTS if name in names for law, n in POINTS[name].items()
-        }
+            fault = f"defines none of {', '.join(POINTS)}"
+        judged_by = {name: POINTS[name] for name in names or POINTS} | TOGETHER
+        laws = {law: (name, n) for name, each in judged_by.items() for law, n in each.items()}
         kept = [item for item in items if item.originalname in laws]
         kept.sort(key=lambda item: list(laws).index(item.originalname))
     else:
-        load_policy = lambda: d2cache.load_policy(config.option.policy) and None  # noqa: E731
-        _, fault = in_a_process(load_policy, file, seconds)
+        work = lambda: d2cache.load_policy(option.policy) and None  # noqa: E731
+        _, fault = in_a_process(work, file, option.limit)
         kept = [item for item in items if f"[{THEIRS}]" in item.nodeid]
-        laws = {item.originalname: ("contract", 1) for item in kept}
         kept.sort(key=lambda item: "contract" not in item.originalname)
-    for item in kept:
-        item.user_properties += zip(("part", "points"), laws[item.originalname])
+        laws = {item.originalname: ("contract", 1) for item in kept}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
-    config.stash[FAULT] = fault
-    config.stash[VERDICTS] = []
-
-
-def judged(item):
-    """The reports of a law, as plain data, with the submission in the place of ours."""
-    config = item.config
-    torch.manual_seed(0)
-    if config.option.solution:
-        names = [dict(item.user_properties)["part"]]
-        for name, part in replacements(load(submitted(config)), names).items():
-            setattr(item.module, name, part)
-    else:
-        POLICIES[THEIRS] = st.just(d2cache.load_policy(config.option.policy))
-    reports = runtestprotocol(item, log=False, nextitem=None)
-    to_data = config.hook.pytest_report_to_serializable
-    return [to_data(config=config, report=report) for report in reports]
+    for key, value in ((LAWS, laws), (FAULT, fault), (ENTRIES, [])):
+        config.stash[key] = value
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item):
+    """Try a law, tell pytest, and take down an entry of Gradescope's list of tests."""
     config, hook = item.config, item.ihook
-    reports, fault = [], config.stash[FAULT]
+    printed, fault = "", config.stash[FAULT]
     if fault is None:
         work = functools.partial(judged, item)
-        data, fault = in_a_process(work, submitted(config), config.option.limit)
-        of_data = config.hook.pytest_report_from_serializable
-        reports = [of_data(config=config, data=report) for report in data or []]
-    if fault is not None:
-        reports = [pytest.TestReport(item.nodeid, item.location, {}, "failed", fault, "call")]
-
+        printed, fault = in_a_process(work, submitted(config), config.option.limit)
+    outcome = "passed" if fault is None else "failed"
+    report = pytest.TestReport(item.nodeid, item.location, {}, outcome, fault, "call")
     hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for report in reports:
-        hook.pytest_runtest_logreport(report=report)
+    hook.pytest_runtest_logreport(report=report)
     hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-    config.stash[VERDICTS].append(verdict(item, reports))
+
+    part, points = config.stash[LAWS][item.originalname]
+    law = item.originalname.removeprefix("test_").replace("_", " ")
+    entry = {"name": f"{part}: {law}", "score": points, "max_score": points, "output": ""}
+    if printed:
+        entry["output"] = f"prints {printed.splitlines()[0][:80]!r}"
+    if fault is not None:
+        entry |= {"score": 0, "output": fault}
+    config.stash[ENTRIES].append(entry)
     return True
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    report = yield
-    if call.excinfo is not None:
-        report.longrepr = explained(call.excinfo.value, submitted(item.config))
-    return report
-
-
-def verdict(item, reports):
-    """What a law earns, as an entry of Gradescope's list of tests."""
-    properties = dict(item.user_properties)
-    law = item.originalname.removeprefix("test_").replace("_", " ")
-    output = "".join(str(report.longrepr or "") for report in reports)
-    passed = all(report.passed for report in reports)
-    printed = "".join(report.capstdout for report in reports).strip()
-    if passed and printed:
-        output = f"prints {printed.splitlines()[0][:80]!r}"
-    return {
-        "name": f"{properties['part']}: {law}",
-        "score": properties["points"] if passed else 0,
-        "max_score": properties["points"],
-        "output": output,
-    }
-
-
 def pytest_terminal_summary(terminalreporter, config):
-    verdicts = config.stash.get(VERDICTS, [])
+    entries = config.stash.get(ENTRIES, [])
     terminalreporter.section(f"points of {Path(submitted(config)).name}")
-    for entry in verdicts:
-        line = "{score} of {max_score}  {name}".format(**entry)
-        if entry["output"]:
-            line += "  - " + entry["output"].splitlines()[0]
-        terminalreporter.line(line)
-    earned, most = (sum(entry[key] for entry in verdicts) for key in ("score", "max_score"))
+    for entry in entries:
+        first_line = "".join(entry["output"].splitlines()[:1])
+        terminalreporter.line("{score} of {max_score}  {name}  ".format(**entry) + first_line)
+    earned, most = (sum(entry[key] for entry in entries) for key in ("score", "max_score"))
     terminalreporter.line(f"{earned} of {most} in all")
     if config.option.grade:
-        Path(config.option.grade).write_text(json.dumps({"tests": verdicts}, indent=1))
+        Path(config.option.grade).write_text(json.dumps({"tests": entries}, indent=1))

@@ -256,7 +256,7 @@ def test_unmask_commits_the_best_of_the_block_and_what_reaches_the_threshold(
 
 
 @given(states(), st.integers(1, 20), st.sampled_from([None, 0.5, 4.0]))
-def test_stage_1_is_the_masked_positions_of_highest_prior_those_of_the_block_first(state, k, sigma):
+def test_stage_1_is_the_highest_prior_that_of_the_block_first(state, k, sigma):
     """With a sigma of its own it has a density of its own, else the one of the state."""
     density = state.density
     if sigma is not None:
