@@ -179,11 +179,20 @@ def explained(error, file):
     return "\n".join(lines[:20])
 
 
+class Beginning(io.StringIO):
+    """What is printed first: a loop that prints for ever fills no memory."""
+
+    def write(self, text):
+        if self.tell() < 1000:
+            super().write(text[:1000])
+        return len(text)
+
+
 def judged(item):
     """Try a law on the submission, in the place of ours; what was printed meanwhile."""
     option, file = item.config.option, submitted(item.config)
     torch.manual_seed(0)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with contextlib.redirect_stdout(Beginning()) as printed:
         if option.policy:
             POLICIES[THEIRS] = st.just(d2cache.load_policy(option.policy))
             item.obj(name=THEIRS)
@@ -191,7 +200,10 @@ def judged(item):
             item.obj(file)
         else:
             part, _ = item.config.stash[LAWS][item.originalname]
-            vars(item.module).update(replacements(load(file), [part]))
+            theirs = load(file)
+            vars(item.module).update(replacements(theirs, [part]))
+            for name in vars(theirs).keys() & POINTS.keys():
+                setattr(theirs, name, getattr(d2cache, name))  # whatever it calls is ours
             item.obj()
     return printed.getvalue().strip()
 

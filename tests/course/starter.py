@@ -94,7 +94,8 @@ def highest(score, among, n):
 def pack(chosen, predicted, Q):
     """Chosen positions in Q rows for each sequence: the predicted ones, then the others.
 
-    Both in ascending order. Rows that are left over repeat the first row, and are not valid.
+    Both in ascending order. Rows that are left over repeat the first row, and are not valid; in a
+    sequence that chose nothing any position will do.
 
     chosen, predicted (B, T) bool, predicted ones are chosen; Q at least the most that any sequence
     chose -> positions (B, Q) integers, valid (B, Q) bool

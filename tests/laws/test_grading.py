@@ -51,10 +51,7 @@ def lost(verdicts):
 def test_our_own_file_is_a_solution_with_all_points(tmp_path):
     (tmp_path / "mine.py").write_text(RIGHT)
     verdicts, printed = grade(tmp_path, "--solution=mine.py")
-    assert lost(verdicts) == {} and {name.split(": ")[0] for name in verdicts} == {
-        *grading.POINTS,
-        *grading.TOGETHER,
-    }
+    assert lost(verdicts) == {}
     worth = grading.POINTS | grading.TOGETHER
     assert len(verdicts) == sum(map(len, worth.values()))  # each law of the table was found
     points = sum(sum(laws.values()) for laws in worth.values())

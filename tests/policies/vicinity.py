@@ -7,9 +7,10 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Vicinity:
-    """The block and `margin` positions on both sides; everything in the first steps of a block.
+    """The block and `margin` positions on both sides; everything when a block starts.
 
-    Everything in the decode's first `warmup` steps, too. The defaults are those of dInfer's scripts.
+    And everything in the decode's first `warmup` steps. This is the rule of dInfer's code, class
+    VicinityCacheIteration, and the defaults are those of its scripts.
     """
 
     margin: int = 16
