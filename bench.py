@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, RecomputeAll, choose_positions, decode
-from d2cache import generate, highest, load_policy, pack, paper_settings, predict, recompute
-from d2cache import run_program, sizes_of_step
+from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, RecomputeAll, choose_positions
+from d2cache import count_and_check, decode, generate, highest, load_policy, pack, paper_settings
+from d2cache import predict, recompute, run_program
 from model import DTYPES, Config, KVCache, Transformer, decode_response, encode_prompt
 from model import load_tokenizer, require
 
@@ -410,9 +410,9 @@ def timed(function, *arguments):
 
 
 def least_seconds(function, *arguments):
-    """The shortest of ten times that function(*arguments) takes, after a warm-up."""
+    """The shortest of five times that function(*arguments) takes, after a warm-up."""
     function(*arguments)
-    return min(timed(function, *arguments)[0] for _ in range(10))
+    return min(timed(function, *arguments)[0] for _ in range(5))
 
 
 def machine_rates(device, dtype):
@@ -617,7 +617,7 @@ def select(policy, state, shifted):
     """What `decode` does between two passes: positions (B, Q), valid (B, Q) and R of the next."""
     chosen, predicted = choose_positions(policy, state, shifted)
     finite = torch.ones((), dtype=torch.bool, device=chosen.device)
-    Q, R = sizes_of_step(policy, state, chosen, predicted, finite)
+    Q, R = count_and_check(policy, state, chosen, predicted, finite)
     return *pack(chosen, predicted, Q), R
 
 
