@@ -82,18 +82,8 @@ EXPLAINED = {  # a line under the title of a table
 }
 
 
-# A row of a table to be measured: who decodes, in which order, and the arguments of `decode`.
-Row = namedtuple("Row", "policy order arguments")
-
-
-def in_order(name, policy, order, block_length):
-    """The Row of a policy in one of ORDERS."""
-    arguments = {
-        "confidence": {"sigma": None},
-        "blocks": {"block_length": block_length},  # by confidence in each
-        "prior": {},
-    }
-    return Row(name, order, arguments[order] | {"policy": policy})
+# A row to be measured: who decodes, in which order, the arguments of `decode`, in the speed table?
+Row = namedtuple("Row", "policy order arguments timed")
 
 
 def cell(name, value):
@@ -217,31 +207,37 @@ def d2cache_of(gen_length):
     return paper_settings(gen_length)["d2cache"]["policy"]
 
 
-def quality_plan(gen_length, block_length, own):
-    """Rows; vanilla, which is exact, comes first in every order.
+def make_plan(gen_length, block_length, own):
+    """Rows of both tables; vanilla, which is exact, comes first in every order.
 
     own: (name, policy) of --policy, which stands beside what it is compared with and no more.
     """
-    ours = {name: row["policy"] for name, row in paper_settings(gen_length).items()}
-    row = partial(in_order, block_length=block_length)
-    in_all_orders = {
-        "vanilla": ours["vanilla"],
-        "window": ours["window"],
-        "d2Cache": ours["d2cache"],
+    orders = {
+        "confidence": {"sigma": None},
+        "blocks": {"block_length": block_length},  # by confidence in each
+        "prior": {},
     }
+    ours = {name: arguments["policy"] for name, arguments in paper_settings(gen_length).items()}
+    own = dict(own)
     plan = []
-    for name, policy in [*in_all_orders.items(), *own]:
-        plan += [row(name, policy, order) for order in ORDERS]
+
+    def add(name, policy, order, timed):
+        plan.append(Row(name, order, orders[order] | {"policy": policy}, timed))
+
+    compared = {"vanilla": ours["vanilla"], "window": ours["window"], "d2Cache": ours["d2cache"]}
+    for name, policy in (compared | own).items():
+        for order in ORDERS:
+            add(name, policy, order, timed=name in own or order == "prior")
     if own:
         return plan
 
     for name in ("prefix", "dual", "delayed"):
-        plan.append(row(f"{name} cache", ours[name], "blocks"))
+        add(f"{name} cache", ours[name], "blocks", timed=True)
     for name, control in CONTROLS.items():
-        plan.append(row(name, control(**vars(ours["d2cache"])), "prior"))
+        add(name, control(**vars(ours["d2cache"])), "prior", timed=False)
     for name in ("vanilla", "d2Cache"):
-        arguments = {"policy": in_all_orders[name], "threshold": THRESHOLD}
-        plan.append(Row(name, f"prior, from {THRESHOLD}", arguments))
+        arguments = {"policy": compared[name], "threshold": THRESHOLD}
+        plan.append(Row(name, f"prior, from {THRESHOLD}", arguments, timed=False))
     return plan
 
 
@@ -527,30 +523,16 @@ def time_row(model, prompt, gen_length, row, replayed, rates):
     return Timing(row, replayed, runs, share, floor, peak, states[(steps - 1) // 2])
 
 
-def speed_plan(gen_length, block_length, own):
-    """Rows of the policies in their own orders, vanilla first; own as in quality_plan."""
-    ours = {name: row["policy"] for name, row in paper_settings(gen_length).items()}
-    row = partial(in_order, block_length=block_length)
-    plan = [row("vanilla", ours["vanilla"], "prior")]
-    if not own:
-        plan += [
-            row(f"{name} cache", ours[name], "blocks") for name in ("prefix", "dual", "delayed")
-        ]
-    plan += [row("window", ours["window"], "prior"), row("d2Cache", ours["d2cache"], "prior")]
-    for name, policy in own:
-        plan += [row(name, policy, "prior"), row(name, policy, "blocks")]
-    return plan
-
-
 def measure_speed(model, prompt, gen_length, plan, rates):
-    """The Timing of every row; on a GPU of each twice, launched kernel by kernel and replayed.
+    """The Timing of every timed row; on a GPU launched kernel by kernel, and then replayed.
 
     But not replayed if the policy has a forward pass of its own.
     """
     twice = []
     for row in plan:
-        twice.append((row, False))
-        if prompt.is_cuda and not hasattr(row.arguments["policy"], "recompute"):
+        if row.timed:
+            twice.append((row, False))
+        if row.timed and prompt.is_cuda and not hasattr(row.arguments["policy"], "recompute"):
             twice.append((row, True))
     timings = []
     for row, replayed in tqdm(twice, desc="speed", unit="row", disable=None):
@@ -874,18 +856,9 @@ def report_quality(args, task, prompts, own):
     batch = args.batch
     if batch is None:
         batch = 1 if args.model else 32  # of a large model, memory may hold one
-    settings = {
-        "problems": len(prompts),
-        "examples": args.shots,
-        "response": gen_length,
-        "block length": block_length,
-        "tokens per step": 1,
-        "temperature": args.temperature,
-        "seed": args.seed,
-        "batch": batch,
-    }
+    settings = {"problems": len(prompts), "response": gen_length, "block length": block_length}
     settings |= {name: str(policy) for name, policy in [("d2Cache", d2cache_of(gen_length)), *own]}
-    plan = quality_plan(gen_length, block_length, own)
+    plan = make_plan(gen_length, block_length, own)
     rows = measure_quality(task, prompts, plan, batch, args.temperature, args.seed)
     return report("quality", task.name, task.model, settings, rows, {})
 
@@ -898,11 +871,10 @@ def report_speed(args, name, model, prompt, gen_length, own):
         "response": gen_length,
         "batch": len(prompt),
         "block length": block_length,
-        "tokens per step": 1,
     }
     weight = model.wte.weight
     rates = machine_rates(weight.device, weight.dtype)
-    plan = speed_plan(gen_length, block_length, own)
+    plan = make_plan(gen_length, block_length, own)
     timings = measure_speed(model, prompt, gen_length, plan, rates)
     d2cache = [timing for timing in timings if type(timing.row.arguments["policy"]) is D2Cache]
     parts = measure_parts(model, d2cache[-1])
@@ -982,7 +954,7 @@ def run_record(args):
     git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "describe", "--always"]
     driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return {
-        "command": sys.argv,
+        "arguments": vars(args),
         "commit": output_of(git + ["--dirty", "--abbrev=40", "--exclude=*"]),
         "torch": torch.__version__,
         "driver": output_of(driver),

@@ -442,14 +442,19 @@ def copy_of(state):
 
 
 def check_choice(policy, chosen, state):
-    """ValueError unless what a policy chose is a mask of the canvas."""
-    name = f"step {state.step + 1}: policy {type(policy).__name__}"
-    shape = tuple(state.known.shape)
-    right = f"should be a tensor {shape} of torch.bool on {state.known.device}"
-    require(torch.is_tensor(chosen), f"{name} chose a {type(chosen).__name__}, {right}")
-    found = f"{tuple(chosen.shape)} of {chosen.dtype} on {chosen.device}"
-    same = chosen.shape == shape and chosen.device == state.known.device
-    require(same and chosen.dtype == torch.bool, f"{name} chose a tensor {found}, {right}")
+    """ValueError unless what a policy chose is a mask of the canvas, such as `known` is."""
+    found = f"a {type(chosen).__name__}"
+    if torch.is_tensor(chosen):
+        found = kind_of(chosen)
+    wanted = kind_of(state.known)
+    name = type(policy).__name__
+    fault = f"step {state.step + 1}: policy {name} chose {found}, should be {wanted}"
+    require(found == wanted, fault)
+
+
+def kind_of(tensor):
+    """A tensor's shape, dtype and device, for a message."""
+    return f"a tensor {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -636,28 +641,27 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 def check_prompt(prompt, prompt_mask, gen_length, config):
     """ValueError unless prompt and mask fit, and leave room for gen_length tokens."""
     require(torch.is_tensor(prompt), f"prompt is {type(prompt)}, should be (B, P) integers")
-    shape = tuple(prompt.shape)
-    fits = prompt.dtype in INTEGERS and len(shape) == 2 and shape[0] > 0
-    require(fits, f"prompt is {shape} {prompt.dtype}, should be (B, P) integers")
+    fits = prompt.dtype in INTEGERS and prompt.dim() == 2 and len(prompt) > 0
+    require(fits, f"prompt is {kind_of(prompt)}, should be (B, P) integers")
 
     ids = prompt.long()
-    valid = (ids >= 0) & (ids < config.vocab_size) | (ids == config.mask_token_id)
-    wrong = ids[~valid].tolist()
+    has_token = (ids >= 0) & (ids < config.vocab_size)
+    wrong = ids[~has_token & (ids != config.mask_token_id)].tolist()
     require(not wrong, f"prompt holds ids {wrong[:5]}, should be 0 to {config.vocab_size - 1}")
 
-    T = config.max_sequence_length
-    room = T - shape[1]
-    require(room >= 1, f"prompt has {shape[1]} tokens, should leave room for more: T is up to {T}")
+    P = prompt.shape[1]
+    room = config.max_sequence_length - P
     check_whole("gen_length", gen_length)
-    fault = f"gen_length is {gen_length} after a prompt of {shape[1]}, should be from 1 to {room}"
+    fault = f"gen_length is {gen_length} after a prompt of {P}, should be at most {room}"
     require(gen_length <= room, fault)
 
     if prompt_mask is not None:
-        require(torch.is_tensor(prompt_mask), f"prompt_mask is {type(prompt_mask)}, no tensor")
+        right = f"should be ({len(prompt)}, {P}), in each row zeros (padding), then at least one 1"
+        require(torch.is_tensor(prompt_mask), f"prompt_mask is {type(prompt_mask)}, {right}")
         real = prompt_mask.bool()
         padded_left = real.shape == prompt.shape and (real[:, 1:] >= real[:, :-1]).all()
-        fault = f"prompt_mask {tuple(real.shape)} should be {shape}, in each row zeros (padding),"
-        require(padded_left and real[:, -1:].all(), f"{fault} then at least one 1")
+        fault = f"prompt_mask is {kind_of(prompt_mask)}, {right}"
+        require(padded_left and real[:, -1:].all(), fault)
 
 
 def check_whole(name, value):
@@ -796,17 +800,19 @@ def trace(before, state, sigma, tokenizer, end_ids=()):
 
     With end_ids, if decoding stops there, what was made EOS behind the end is only counted.
     """
-    role = {name: positions[0] for name, positions in roles(before, state).items()}
-    prior = certainty_prior(state.confidence, state.known & ~state.fresh, sigma)[0]
+    prior = certainty_prior(state.confidence, state.known & ~state.fresh, sigma)[0].tolist()
+    confidence = state.confidence[0].tolist()
+    tokens = state.tokens[0].tolist()
     commits = []
-    for i in role["committed"].nonzero()[:, 0].tolist():
-        id = state.tokens[0, i].item()
-        text = tokenizer.decode([id], skip_special_tokens=False)
-        commits.append(f"{i} {text!r} {state.confidence[0, i]:.3f} {prior[i]:.3f}")
-        if id in end_ids and not state.masked[0, :i].any():
+    for i in state.fresh[0].nonzero()[:, 0].tolist():
+        text = tokenizer.decode([tokens[i]], skip_special_tokens=False)
+        commits.append(f"{i} {text!r} {confidence[i]:.3f} {prior[i]:.3f}")
+        if tokens[i] in end_ids and not state.masked[0, :i].any():
             commits.append(f"and {state.fresh[0, i + 1 :].sum()} behind it")
             break
-    reasons = [places(role[name]) for name in ("candidates", "fresh", "known")]
+
+    role = roles(before, state)
+    reasons = [places(role[name][0]) for name in ("candidates", "fresh", "known")]
     return TRACE.format(state.step, ", ".join(commits), *reasons)
 
 

@@ -342,21 +342,12 @@ def require_no_pointer(file):
         require(not start.startswith(b"version https://git-lfs"), pointer)
 
 
-def read_text(file):
-    """The text of a file; ValueError if there is none."""
-    require_no_pointer(file)
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: no readable text ({error})") from error
-
-
 def read_json(file):
     """The JSON object in a file; ValueError if there is none."""
-    text = read_text(file)
+    require_no_pointer(file)
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: no readable JSON ({error})") from error
     require(isinstance(values, dict), f"{file}: holds {type(values)}, should hold a JSON object")
     return values
@@ -431,18 +422,19 @@ def read_tokenizer(folder):
 
 def qwen2_tokenizer(folder):
     """Qwen2's vocab.json, merges.txt and added tokens, as tokenizer.json would hold them."""
-    lines = read_text(folder / "merges.txt").split("\n")
+    file = folder / "merges.txt"
+    require_no_pointer(file)
+    lines = file.read_text(encoding="utf-8").split("\n")
     merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
-    words = {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated"}
-    letters = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    words = {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}}
+    words |= {"behavior": "Isolated", "invert": False}
+    letters = {"type": "ByteLevel", "use_regex": False}
+    letters |= {"add_prefix_space": False, "trim_offsets": True}
     return {
         "added_tokens": added_tokens(folder),
         "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [words | {"invert": False}, letters | {"trim_offsets": True}],
-        },
-        "decoder": letters | {"trim_offsets": True},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, letters]},
+        "decoder": letters,
         "model": {"type": "BPE", "vocab": read_json(folder / "vocab.json"), "merges": merges},
     }
 
@@ -473,7 +465,7 @@ def note_on_the_template(folder, template, base):
     own = read_optional_json(folder / "tokenizer_config.json").get("chat_template")
     file = folder / "chat_template.jinja"
     if file.exists():
-        own = read_text(file)
+        own = file.read_text(encoding="utf-8", errors="replace")
     if template is None:
         return own and "has a chat template that is not implemented: the prompt goes without one"
     if own is None or base:
@@ -607,15 +599,15 @@ TABLES = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached", "position
 
 def require_a_transformer(config):
     """ValueError unless a Config has values of the right kind that belong together."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        kinds = (int, float) if f.type is float else (f.type,)
-        kind = f"{f.name} is {shown(value)}, should be {f.type.__name__}"
-        require(type(value) in kinds, kind)
-        if f.type in (int, float):
-            least = 1 if f.type is int and not f.name.endswith("_id") else 0
-            size = f"{f.name} is {shown(value)}, should be from {least} to 2**63"
-            require(least <= value < 2**63, size)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        name = f"{field.name} is {shown(value)}"
+        kinds = (int, float) if field.type is float else (field.type,)
+        require(type(value) in kinds, f"{name}, should be {field.type.__name__}")
+        if field.type in (int, float):
+            size = field.type is int and not field.name.endswith("_id")
+            least = 1 if size else 0
+            require(least <= value < 2**63, f"{name}, should be from {least} to 2**63")
     require_known(config.model_type)
 
     C, H, G = config.d_model, config.n_heads, config.n_kv_heads
@@ -624,11 +616,16 @@ def require_a_transformer(config):
 
     V, rows = config.vocab_size, config.embedding_size
     require(V <= rows, f"vocab_size is {V}, should be at most embedding_size {rows}")
-    for name in ("mask_token_id", "eos_token_id", "other_end_ids"):
-        value = getattr(config, name)
-        ids = value if name == "other_end_ids" else [value]
-        fit = all(type(id) is int and 0 <= id < rows for id in ids)
-        require(fit, f"{name} is {shown(value)}, should be from 0 to {rows - 1}")
+    require_ids("mask_token_id", [config.mask_token_id], rows)
+    require_ids("eos_token_id", [config.eos_token_id], rows)
+    require_ids("other_end_ids", config.other_end_ids, rows)
+
+
+def require_ids(name, ids, rows):
+    """ValueError unless these are ids of tokens that have a row in the embedding."""
+    for id in ids:
+        has_row = type(id) is int and 0 <= id < rows
+        require(has_row, f"{name} is {shown(id)}, should be from 0 to {rows - 1}")
 
 
 def require_known(model_type, where=""):
@@ -700,7 +697,9 @@ def refuse_other_computations(path, values, fixed, read):
         if key in fixed:
             other = f"{path}: {key} is {shown(value)}, but only {fixed[key]!r} is implemented"
             require(value == fixed[key], other)
-        elif key not in read and key not in FREE and not key.startswith("_"):
+        elif key in read or key in FREE or key.startswith("_"):
+            continue
+        else:
             unknown = f"{path}: {key[:100]} is {shown(value)}, and nothing here knows what it asks"
             require(not value, unknown)
 
@@ -796,7 +795,7 @@ def load_model(path_or_repo_id, device, dtype, revision):
     if isinstance(dtype, str):
         dtype = DTYPES.get(dtype, dtype)
     known = dtype is None or dtype in list(DTYPES.values())
-    require(known, f"dtype is {shown(dtype)}, should be None or one of {list(DTYPES)}")
+    require(known, f"dtype is {dtype}, should be None or one of {list(DTYPES)}")
     require_device(device, dtype or torch.float32)
 
     folder = checkpoint_folder(path_or_repo_id, revision)
@@ -812,15 +811,16 @@ def load_model(path_or_repo_id, device, dtype, revision):
         dtype = next(iter(tensors.values())).dtype
         require_device(device, dtype)
 
-    # So many layers as a damaged config may ask for could not even be built.
+    # A damaged config may ask for so many layers that they could not even be built.
     layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     other = f"{folder}: config.json counts {config.n_layers} layers, the files hold {layers}"
     require(config.n_layers == layers, other)
     if config.weight_tying and "ff_out.weight" in tensors:
         head = tensors.pop("ff_out.weight")
         embedding = tensors.setdefault("wte.weight", head)  # some files hold the head alone
-        unlike = f"{folder}: the head is the embedding, says config.json, the files hold another"
-        require(torch.equal(head.to(embedding), embedding), unlike)
+        tied = f"{folder}: config.json says that the head is the embedding, the files hold another"
+        same = torch.equal(head.to(embedding), embedding)
+        require(same, f"{tied} (if that one is meant, say so in config.json)")
 
     try:
         with torch.device("meta"):

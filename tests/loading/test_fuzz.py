@@ -10,16 +10,8 @@ from io import StringIO
 
 import pytest
 import torch
-from checkpoints import (
-    DREAM,
-    TINY,
-    VOCAB,
-    hf_name,
-    make_tensors,
-    write_checkpoint,
-    write_llada_tokenizer,
-    write_qwen2,
-)
+from checkpoints import DREAM, TINY, VOCAB, hf_name, make_tensors, write_checkpoint
+from checkpoints import write_llada_tokenizer, write_qwen2
 from hypothesis import given
 from hypothesis import strategies as st
 from model import Config, Transformer, decode_response, encode_prompt, load_tokenizer

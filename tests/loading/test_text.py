@@ -10,21 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
-    ADDED,
-    LETTERS,
-    LLADA_SPECIAL,
-    QWEN2,
-    TINY,
-    VOCAB,
-    byte_level_bpe,
-    refusal,
-    slow_bpe,
-    write_json,
-    write_llada_tokenizer,
-    write_qwen2,
-    write_words,
-)
+from checkpoints import ADDED, LETTERS, LLADA_SPECIAL, QWEN2, TINY, VOCAB, byte_level_bpe, refusal
+from checkpoints import slow_bpe, write_json, write_llada_tokenizer, write_qwen2, write_words
 from hypothesis import example, given
 from hypothesis import strategies as st
 from model import QWEN2_WORDS, Config, decode_response, encode_prompt, load_tokenizer
@@ -166,7 +153,9 @@ def test_added_tokens_have_their_own_ids_and_flags(tmp_path):
     """<tool_call> once vanished from answers."""
     listed = ADDED | {"<tool_call>": len(VOCAB) + 2}
     write_qwen2(tmp_path, **{"added_tokens.json": json.dumps(listed)})
-    assert load_tokenizer(tmp_path).get_vocab().items() >= listed.items()
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.get_vocab().items() >= listed.items()
+    assert tokenizer.decode([*listed.values()]) == ""
 
     decoder = {
         len(VOCAB): described("<|im_start|>"),

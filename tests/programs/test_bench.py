@@ -62,8 +62,8 @@ def embedded_run(tmp_path_factory):
 
 @pytest.fixture
 def data(tmp_path):
-    """Two questions, the second one with a wrong answer."""
-    problems = [{"question": EXAMPLE, "answer": f"#### {n}"} for n in (31, 32)]
+    """The example twice, with the answers 30 and 31."""
+    problems = [{"question": EXAMPLE, "answer": f"#### {n}"} for n in (30, 31)]
     return data_file(tmp_path / "data.jsonl", *problems)
 
 
@@ -112,7 +112,7 @@ def test_wilsons_interval_is_the_textbooks():
 
 def test_rows_are_compared_problem_by_problem():
     """Right: 1 1 0 1 against 1 0 1 0; same text in the first and the last."""
-    row = Row("mine", "prior", {})
+    row = Row("mine", "prior", {}, True)
     own = Outcome(
         list("abcd"), [True, True, False, True], [True] * 4, [16, 16, 32, 64], [0.2, 0.4] * 2
     )
@@ -239,7 +239,7 @@ def test_a_policy_of_ones_own_stands_beside_what_it_is_compared_with_and_no_more
     assert quality["block length"] == 2 and quality["Mine(k=3)"] == "Mine(k=3, p=0.1, sigma=None)"
     timed = [(row["policy"], row["order"]) for row in speed["rows"]]
     assert timed[:3] == [(name, "prior") for name in compared[:3]]
-    assert timed[3:] == [("Mine(k=3)", "prior"), ("Mine(k=3)", "blocks")]
+    assert timed[3:] == [("Mine(k=3)", order) for order in bench.ORDERS]
     assert numbers["answers"][0]["Mine(k=3)"]
 
 
@@ -261,16 +261,19 @@ def test_chance_starts_anew_with_the_seed_in_every_row(command, data):
 
 
 def test_data_is_scored_by_the_grader_whatever_tests_is(command, data, tmp_path, monkeypatch):
-    """A package named "tests", installed by something else, once stood in its way."""
+    """A package named "tests", installed by something else, once stood in its way.
+
+    Cut after five tokens the answer is "Ben starts with 30": the last number, and no "####".
+    """
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "__init__.py").write_text("raise ImportError('another package')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    _, numbers = command(*SMALL, "--data", "data.jsonl")
+    _, numbers = command(*CHECKPOINT, "--gen-length", 5, "--data", "data.jsonl")
     (table,) = numbers["quality"]
     rows = {(row["policy"], row["order"]): row for row in table["rows"]}
     assert rows["d2Cache", "prior"]["exact match"] == 0.5
-    assert (table["problems"], table["examples"]) == (2, 0)
+    assert rows["d2Cache", "prior"]["strict"] == 0 and table["problems"] == 2
 
 
 def test_worked_examples_stand_before_the_question(refused, data):
@@ -355,8 +358,8 @@ def test_the_floor_counts_the_rows_that_pass_layers_and_head(policy, dream):
 
 def test_rows_of_the_speed_table_are_worked_out_by_hand():
     timings = [
-        Timing(Row("vanilla", "prior", {}), False, [0.75, 0.5, 2.25], 1.0, 0.5, None, None),
-        Timing(Row("cache", "blocks", {}), True, [0.2], 0.25, 0.05, 3 * 2**29, None),
+        Timing(Row("vanilla", "prior", {}, True), False, [0.75, 0.5, 2.25], 1.0, 0.5, None, None),
+        Timing(Row("cache", "blocks", {}, True), True, [0.2], 0.25, 0.05, 3 * 2**29, None),
     ]
     first, second = bench.speed_rows(timings, batch=6)
     expected = ["vanilla", "prior", 0.0, 750.0, 8.0, 1.0, 500.0, 1.5, 1.5, None, 3]
@@ -381,14 +384,14 @@ def test_vanilla_is_timed_by_its_first_steps_and_the_others_by_whole_decodes():
 
     model = SPEC.build()
     rates = (1e9, 1e9)
-    row = bench.in_order("slow", Slow(k=1, p=0.0), "prior", 4)
+    row = Row("slow", "prior", {"policy": Slow(k=1, p=0.0)}, True)
     timing = bench.time_row(model, PROMPT, 12, row, False, rates)
     assert timing.halfway.step == 6 and len(timing.runs) == 3
     assert all(0.005 <= seconds < 0.1 for seconds in timing.runs) and timing.peak is None
     states = list(decode(model, PROMPT, 12, **row.arguments))
     assert timing.share == pytest.approx(bench.work_done(states, Slow())[1].item())
     vanilla = bench.time_row(
-        model, PROMPT, 12, bench.in_order("vanilla", RecomputeAll(), "prior", 4), False, rates
+        model, PROMPT, 12, Row("vanilla", "prior", {"policy": RecomputeAll()}, True), False, rates
     )
     assert vanilla.halfway.step == 2 and vanilla.share == 1
 
@@ -396,7 +399,7 @@ def test_vanilla_is_timed_by_its_first_steps_and_the_others_by_whole_decodes():
 def test_the_parts_of_a_step_and_the_rest_are_the_step():
     model = bench.random_model(CPU_SHAPE, "cpu", torch.float32)
     prompt = bench.random_prompt(CPU_SHAPE, 16, 1, "cpu")
-    row = bench.in_order("d2Cache", D2Cache(k=2), "prior", 4)
+    row = Row("d2Cache", "prior", {"policy": D2Cache(k=2)}, True)
     timing = bench.time_row(model, prompt, 8, row, False, (1e9, 1e9))
     parts = bench.measure_parts(model, timing)
     assert sum(parts.values()) == pytest.approx(1000 * sorted(timing.runs)[1])
@@ -429,7 +432,7 @@ def test_a_checkpoint_answers_and_is_timed_as_the_flags_say(command):
 def test_the_record_tells_how_the_numbers_came_about(embedded_run):
     _, numbers = embedded_run
     run = numbers["run"]
-    assert run["torch"] == torch.__version__ and run["command"][0] == "bench.py"
+    assert run["torch"] == torch.__version__ and run["arguments"]["problems"] == 3
     assert run["device"].startswith("CPU")
     assert run["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", run["commit"])
     assert all(run[fact] for fact in ("warm-up", "repeats", "a token", "timed"))
