@@ -120,11 +120,16 @@ def report(kind, name, model, settings, rows, notes):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = {"model": name, "parameters": parameters, "dtype": str(weight.dtype)}
     facts["device"] = device_name(weight.device)
-    lines = [f"{kind.upper()}  {listed(facts)}", EXPLAINED[kind], listed(settings)]
-    lines.append(table_text(rows))
+    lines = [
+        f"{kind.upper()}  {listed(facts)}",
+        EXPLAINED[kind],
+        listed(settings),
+        table_text(rows),
+    ]
     if notes:
         lines.append(listed(notes))
-    return kind, "\n".join(lines) + "\n", facts | settings | {"rows": rows} | notes
+    lines.append("")
+    return kind, "\n".join(lines), facts | settings | {"rows": rows} | notes
 
 
 def listed(facts):
@@ -259,8 +264,12 @@ def encode_problems(task):
 def left_padded(prompts):
     """Prompts (P,) of different length as one tensor, and its mask.  -> 2 x (B, longest P)"""
     longest = max(len(prompt) for prompt in prompts)
-    padded = [F.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts]
-    real = [F.pad(torch.ones_like(prompt), (longest - len(prompt), 0)) for prompt in prompts]
+    padded = []
+    real = []
+    for prompt in prompts:
+        before = (longest - len(prompt), 0)
+        padded.append(F.pad(prompt, before))
+        real.append(F.pad(torch.ones_like(prompt), before))
     return torch.stack(padded), torch.stack(real)
 
 
@@ -309,9 +318,12 @@ def wilson_interval(solved, n):
     z = 1.96
     share = solved / n
     middle = share + z**2 / (2 * n)
-    reach = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    variance = share * (1 - share) / n + z**2 / (4 * n**2)
+    reach = z * math.sqrt(variance)
     whole = 1 + z**2 / n
-    return max(0.0, (middle - reach) / whole), min(1.0, (middle + reach) / whole)
+    least = (middle - reach) / whole
+    most = (middle + reach) / whole
+    return max(0.0, least), min(1.0, most)  # round-off may go beyond
 
 
 def quality_row(row, outcome, exact, score, gen_length):
@@ -325,7 +337,7 @@ def quality_row(row, outcome, exact, score, gen_length):
         pairs = list(zip(outcome.right, exact.right))
         only_it = pairs.count((True, False))
         only_exact = pairs.count((False, True))
-        same = sum(text == other for text, other in zip(outcome.texts, exact.texts)) / n
+        same = sum(map(str.__eq__, outcome.texts, exact.texts)) / n
     return {
         "policy": row.policy,
         "order": row.order,
@@ -477,7 +489,8 @@ Timing = namedtuple("Timing", "row replayed runs share floor peak halfway")
 def step_seconds(model, prompt, gen_length, arguments, steps):
     """Seconds that each of the first steps of a decode takes, and their states."""
     decoding = decode(model, prompt, gen_length, **arguments)
-    seconds, states = zip(*[timed(next, decoding) for _ in range(steps)])
+    timings = [timed(next, decoding) for _ in range(steps)]
+    seconds, states = zip(*timings)
     return seconds, states
 
 
@@ -583,16 +596,15 @@ def measure_parts(model, timing):
         plain = CudaGraphs(RecomputeAll()).recompute
         whole = CudaGraphs(policy).recompute
     logits, _ = plain(*arguments)
-    forward = least_seconds(plain, *arguments)
-    seconds = {
-        "forward": forward,
-        "influence": max(0.0, least_seconds(whole, *arguments) - forward),
-        "prediction": least_seconds(predict, logits, model.config),
-        "selection": least_seconds(select, policy, state, shifted),
+    forward = 1000 * least_seconds(plain, *arguments)
+    parts = {
+        "forward ms": forward,
+        "influence ms": max(0.0, 1000 * least_seconds(whole, *arguments) - forward),
+        "prediction ms": 1000 * least_seconds(predict, logits, model.config),
+        "selection ms": 1000 * least_seconds(select, policy, state, shifted),
     }
-    rest = statistics.median(timing.runs) - sum(seconds.values())
-    seconds["the rest"] = rest
-    return {part: 1000 * taken for part, taken in seconds.items()}
+    step = 1000 * statistics.median(timing.runs)
+    return parts | {"the rest ms": step - sum(parts.values())}
 
 
 def select(policy, state, shifted):
@@ -613,7 +625,8 @@ def measure_curve(model, prompts, gen_length):
             arguments = (model, prompt, gen_length, paper_settings(gen_length)[name], steps)
             if prompt.is_cuda:
                 step_seconds(*arguments)  # kernels are chosen when first used
-            row[f"{name} ms"] = 1000 * mean_step(step_seconds(*arguments)[0], gen_length)
+            seconds, _ = step_seconds(*arguments)
+            row[f"{name} ms"] = 1000 * mean_step(seconds, gen_length)
         rows.append(row | {"speed-up": row["vanilla ms"] / row["d2cache ms"]})
     return rows
 
@@ -679,10 +692,11 @@ class CudaGraphs:
     def round_up(self, positions, valid, R, T):
         """What `pack` gives and R, for the sizes of a graph."""
         Q = positions.shape[1]
-        more = min(T, math.ceil(Q / self.bucket) * self.bucket) - Q
-        rows = min(T, math.ceil(R / self.bucket) * self.bucket)
-        repeats = positions[:, :1].expand(-1, more)
-        return torch.cat([positions, repeats], dim=1), F.pad(valid, (0, more)), rows
+        larger_Q = min(T, math.ceil(Q / self.bucket) * self.bucket)
+        larger_R = min(T, math.ceil(R / self.bucket) * self.bucket)
+        repeats = positions[:, :1].expand(-1, larger_Q - Q)
+        positions = torch.cat([positions, repeats], dim=1)
+        return positions, F.pad(valid, (0, larger_Q - Q)), larger_R
 
     def capture(self, state, inputs, rows):
         """A graph, the tensors that it reads, and those in which a replay leaves its results."""
@@ -828,11 +842,13 @@ def tasks(args):
     """The checkpoint of --model; or every embedded model, with --data the first one alone."""
     data = read_data(args) if args.data else {}
     if args.model:
-        yield Task(args.model, *load_model(args, args.model), args.gen_length or 256, **data)
+        model, tokenizer = load_model(args, args.model)
+        yield Task(args.model, model, tokenizer, args.gen_length or 256, **data)
         return
     for name, folder in WORLDS.items():
         fields = read_world(folder, args.problems) | data
-        yield Task(name, *load_model(args, folder), **fields)
+        model, tokenizer = load_model(args, folder)
+        yield Task(name, model, tokenizer, **fields)
         if args.data:
             return
 
@@ -845,8 +861,9 @@ def report_answer(task, text, own):
         tokens = generate(task.model, prompt, task.gen_length, policy=policy)
         response = tokens[0, prompt.shape[1] :]
         numbers[name] = decode_response(task.tokenizer, response, task.model.config.end_ids)
-    printed = "\n".join(f"{name:10}  {text}" for name, text in numbers.items()) + "\n"
-    return "answers", printed, numbers
+    lines = [f"{name:10}  {text}" for name, text in numbers.items()]
+    lines.append("")
+    return "answers", "\n".join(lines), numbers
 
 
 def report_quality(args, task, prompts, own):
@@ -857,7 +874,8 @@ def report_quality(args, task, prompts, own):
     if batch is None:
         batch = 1 if args.model else 32  # of a large model, memory may hold one
     settings = {"problems": len(prompts), "response": gen_length, "block length": block_length}
-    settings |= {name: str(policy) for name, policy in [("d2Cache", d2cache_of(gen_length)), *own]}
+    for name, policy in [("d2Cache", d2cache_of(gen_length)), *own]:
+        settings[name] = str(policy)
     plan = make_plan(gen_length, block_length, own)
     rows = measure_quality(task, prompts, plan, batch, args.temperature, args.seed)
     return report("quality", task.name, task.model, settings, rows, {})
@@ -877,8 +895,7 @@ def report_speed(args, name, model, prompt, gen_length, own):
     plan = make_plan(gen_length, block_length, own)
     timings = measure_speed(model, prompt, gen_length, plan, rates)
     d2cache = [timing for timing in timings if type(timing.row.arguments["policy"]) is D2Cache]
-    parts = measure_parts(model, d2cache[-1])
-    notes = {f"{part} ms": milliseconds for part, milliseconds in parts.items()} | {
+    notes = measure_parts(model, d2cache[-1]) | {
         "copy GB/s": rates[0] / 1e9,
         "matrix TFLOP/s": rates[1] / 1e12,
         "ridge rows": ridge_rows(weight.element_size(), rates),
@@ -943,7 +960,8 @@ def reports(args):
         if prompts:
             yield report_quality(args, task, prompts, own)
         if args.model:
-            prompt = encode_prompt(task.tokenizer, text).repeat(args.batch or 1, 1).to(args.device)
+            prompt = encode_prompt(task.tokenizer, text).to(args.device)
+            prompt = prompt.repeat(args.batch or 1, 1)
             yield report_speed(args, task.name, task.model, prompt, task.gen_length, own)
     if not args.model:
         yield from report_random_weights(args, workload, name, own)
@@ -951,7 +969,7 @@ def reports(args):
 
 def run_record(args):
     """How the numbers came about."""
-    git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "describe", "--always"]
+    git = ["git", f"--git-dir={ROOT}/.git", f"--work-tree={ROOT}", "describe", "--always"]
     driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return {
         "arguments": vars(args),
