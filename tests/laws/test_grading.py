@@ -143,9 +143,9 @@ NO_POLICY = [
     ("mine.py:Unlawful", "NameError: name 'Unlawful' is not defined"),
     ("mine.py:Lawful(width=3)", "unexpected keyword argument 'width'"),
     ("mine.py:NeedsAnArgument", "missing 1 required positional argument: 'width'"),
-    ("mine.py:ChoosesNothing", "should have choose(state) and uses_attention"),
-    ("mine.py:SaysNothingOfAttention", "should have choose(state) and uses_attention"),
-    ("mine.py:ROWS", "[1, 2] should have choose(state) and uses_attention"),
+    ("mine.py:ChoosesNothing", "with choose(state) and uses_attention"),
+    ("mine.py:SaysNothingOfAttention", "with choose(state) and uses_attention"),
+    ("mine.py:ROWS", "[1, 2], should be an object like DualCache(), with choose(state) and uses_attention"),
 ]
 
 
