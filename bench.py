@@ -64,9 +64,9 @@ Workload = namedtuple("Workload", "config dtype prompts curve gen_length batch")
 LLADA_8B_WORKLOAD = Workload(
     LLADA_8B_SHAPE, torch.bfloat16, prompts=(128, 896, 3840), curve=(), gen_length=256, batch=1
 )
-# On a CPU four sequences at once: one alone leaves small matrices, and waits for the memory.
+# On a CPU two sequences at once: one alone leaves small matrices, and waits for the memory.
 CPU_WORKLOAD = Workload(
-    CPU_SHAPE, torch.float32, prompts=(384,), curve=(128, 384, 1024), gen_length=64, batch=4
+    CPU_SHAPE, torch.float32, prompts=(384,), curve=(128, 384, 1024), gen_length=64, batch=2
 )
 
 # ---- Tables --------------------------------------------------------------------------------------

@@ -267,7 +267,9 @@ def test_data_is_scored_by_the_grader_whatever_tests_is(command, data, tmp_path,
     Cut after five tokens the answer is "Ben starts with 30": the last number, and no "####".
     """
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "__init__.py").write_text("raise ImportError('another package')")
+    for file in ("tests/__init__.py", "run_code.py", "problems.py"):
+        (tmp_path / file).write_text("raise ImportError('another package')")
+        monkeypatch.delitem(sys.modules, Path(file).stem, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     _, numbers = command(*CHECKPOINT, "--gen-length", 5, "--data", "data.jsonl")
@@ -500,15 +502,15 @@ def process(*arguments, **streams):
     return subprocess.Popen(line, text=True, stderr=subprocess.PIPE, cwd=ROOT.parent, **streams)
 
 
-def test_a_reader_that_has_seen_enough_ends_it_quietly_and_the_file_is_whole(tmp_path):
+def test_a_reader_that_has_seen_enough_ends_it_quietly_and_the_file_is_whole(tmp_path, data):
     """As `| head -1` does; and without a terminal no progress bar is drawn."""
     read, write = os.pipe()
     os.close(read)
     file = tmp_path / "numbers.json"
-    running = process(*CHECKPOINT, "--json", file, stdout=write)
+    running = process(*CHECKPOINT, "--data", data, "--json", file, stdout=write)
     os.close(write)
     assert running.communicate(timeout=200)[1] == "" and running.returncode == 0
-    assert list(json.loads(file.read_text())) == ["run", "answers", "speed"]
+    assert list(json.loads(file.read_text())) == ["run", "answers", "quality", "speed"]
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130():
