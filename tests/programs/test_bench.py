@@ -522,10 +522,11 @@ def test_an_interrupt_is_one_line_and_exit_code_130():
     assert (running.returncode, error.strip()) == (130, "interrupted")
 
 
-def test_it_runs_where_stdout_is_closed(tmp_path):
+@pytest.mark.parametrize("closing", [">&-", "2>&-"])
+def test_it_runs_where_stdout_or_stderr_is_closed(closing, tmp_path):
     file = tmp_path / "numbers.json"
     line = [sys.executable, ROOT / "bench.py", *CHECKPOINT, "--json", file]
-    closed = " ".join(f"'{word}'" for word in line) + " >&-"
+    closed = " ".join(f"'{word}'" for word in line) + " " + closing
     result = subprocess.run(closed, shell=True, capture_output=True, text=True, timeout=200)
     assert (result.returncode, result.stderr) == (0, "") and file.exists()
 
