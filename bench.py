@@ -64,9 +64,9 @@ Workload = namedtuple("Workload", "config dtype prompts curve gen_length batch")
 LLADA_8B_WORKLOAD = Workload(
     LLADA_8B_SHAPE, torch.bfloat16, prompts=(128, 896, 3840), curve=(), gen_length=256, batch=1
 )
-# On a CPU four sequences at once: one alone leaves small matrices, and waits for the memory.
+# On a CPU two sequences at once: one alone leaves small matrices, and waits for the memory.
 CPU_WORKLOAD = Workload(
-    CPU_SHAPE, torch.float32, prompts=(384,), curve=(128, 384, 1024), gen_length=64, batch=4
+    CPU_SHAPE, torch.float32, prompts=(384,), curve=(128, 384, 1024), gen_length=64, batch=2
 )
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -142,6 +142,11 @@ def device_name(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def no_terminal():
+    """Whether stderr is none, and gets no progress bars; a closed one is None."""
+    return sys.stderr is None or not sys.stderr.isatty()
 
 
 # ---- Quality -------------------------------------------------------------------------------------
@@ -357,7 +362,7 @@ def measure_quality(task, prompts, plan, batch, temperature, seed):
     rows = []
     exact = {}  # Outcome by order
     total = len(plan) * len(prompts)
-    with tqdm(total=total, desc="quality", unit="decode", disable=None) as progress:
+    with tqdm(total=total, desc="quality", unit="decode", disable=no_terminal()) as progress:
         for row in plan:
             arguments = row.arguments | sampling(temperature, seed, task.model.wte.weight.device)
             outcome = solve(task, prompts, arguments, batch, progress)
@@ -548,7 +553,7 @@ def measure_speed(model, prompt, gen_length, plan, rates):
         if row.timed and prompt.is_cuda and not hasattr(row.arguments["policy"], "recompute"):
             twice.append((row, True))
     timings = []
-    for row, replayed in tqdm(twice, desc="speed", unit="row", disable=None):
+    for row, replayed in tqdm(twice, desc="speed", unit="row", disable=no_terminal()):
         timings.append(time_row(model, prompt, gen_length, row, replayed, rates))
     return timings
 
@@ -618,7 +623,7 @@ def select(policy, state, shifted):
 def measure_curve(model, prompts, gen_length):
     """Rows of the curve: a step of vanilla and of d2Cache after longer and longer prompts."""
     rows = []
-    for prompt in tqdm(prompts, desc="curve", unit="prompt", disable=None):
+    for prompt in tqdm(prompts, desc="curve", unit="prompt", disable=no_terminal()):
         row = {"prompt": prompt.shape[1]}
         for name, most in (("vanilla", VANILLA_STEPS), ("d2cache", CURVE_STEPS)):
             steps = min(most, gen_length)

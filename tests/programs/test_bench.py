@@ -267,7 +267,9 @@ def test_data_is_scored_by_the_grader_whatever_tests_is(command, data, tmp_path,
     Cut after five tokens the answer is "Ben starts with 30": the last number, and no "####".
     """
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "__init__.py").write_text("raise ImportError('another package')")
+    for file in ("tests/__init__.py", "run_code.py", "problems.py"):
+        (tmp_path / file).write_text("raise ImportError('another package')")
+        monkeypatch.delitem(sys.modules, Path(file).stem, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     _, numbers = command(*CHECKPOINT, "--gen-length", 5, "--data", "data.jsonl")
@@ -500,15 +502,15 @@ def process(*arguments, **streams):
     return subprocess.Popen(line, text=True, stderr=subprocess.PIPE, cwd=ROOT.parent, **streams)
 
 
-def test_a_reader_that_has_seen_enough_ends_it_quietly_and_the_file_is_whole(tmp_path):
+def test_a_reader_that_has_seen_enough_ends_it_quietly_and_the_file_is_whole(tmp_path, data):
     """As `| head -1` does; and without a terminal no progress bar is drawn."""
     read, write = os.pipe()
     os.close(read)
     file = tmp_path / "numbers.json"
-    running = process(*CHECKPOINT, "--json", file, stdout=write)
+    running = process(*CHECKPOINT, "--data", data, "--json", file, stdout=write)
     os.close(write)
     assert running.communicate(timeout=200)[1] == "" and running.returncode == 0
-    assert list(json.loads(file.read_text())) == ["run", "answers", "speed"]
+    assert list(json.loads(file.read_text())) == ["run", "answers", "quality", "speed"]
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130():
@@ -520,10 +522,11 @@ def test_an_interrupt_is_one_line_and_exit_code_130():
     assert (running.returncode, error.strip()) == (130, "interrupted")
 
 
-def test_it_runs_where_stdout_is_closed(tmp_path):
+@pytest.mark.parametrize("closing", [">&-", "2>&-"])
+def test_it_runs_where_stdout_or_stderr_is_closed(closing, tmp_path):
     file = tmp_path / "numbers.json"
     line = [sys.executable, ROOT / "bench.py", *CHECKPOINT, "--json", file]
-    closed = " ".join(f"'{word}'" for word in line) + " >&-"
+    closed = " ".join(f"'{word}'" for word in line) + " " + closing
     result = subprocess.run(closed, shell=True, capture_output=True, text=True, timeout=200)
     assert (result.returncode, result.stderr) == (0, "") and file.exists()
 
