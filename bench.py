@@ -615,8 +615,7 @@ def measure_parts(model, timing):
 def select(policy, state, shifted):
     """What `decode` does between two passes: positions (B, Q), valid (B, Q) and R of the next."""
     chosen, predicted = choose_positions(policy, state, shifted)
-    finite = torch.ones((), dtype=torch.bool, device=chosen.device)
-    Q, R = count_and_check(policy, state, chosen, predicted, finite)
+    Q, R = count_and_check(policy, state, chosen, predicted)
     return *pack(chosen, predicted, Q), R
 
 
