@@ -8,7 +8,6 @@ and with --data too, its score.
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -23,8 +22,8 @@ from functools import partial
 from pathlib import Path
 
 from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, RecomputeAll, choose_positions
-from d2cache import count_and_check, decode, generate, highest, load_policy, pack, paper_settings
-from d2cache import predict, recompute, run_program
+from d2cache import count_and_check, decode, generate, highest, load_module, load_policy, pack
+from d2cache import paper_settings, predict, recompute, run_program
 from model import DTYPES, Config, KVCache, Transformer, decode_response, encode_prompt
 from model import load_tokenizer, require
 
@@ -39,13 +38,12 @@ GRADER = ROOT / "tests" / "scoring" / "scores.py"  # of --data
 # A world is a folder: a checkpoint, problems.jsonl, and problems.py with is_right(question, text)
 # and the RESPONSE_LENGTH that the model is trained for.
 WORLDS = {"tiny": EMBEDDED_MODEL}
-ORDERS = ("confidence", "blocks", "prior")  # of decoding
 THRESHOLD = 0.9  # of the rows that commit several tokens in a step
 
-RUNS = 3  # time so many decodes,
-LONG_RUN = 3.0  # but no further one after so many seconds
-VANILLA_STEPS = 4  # of a decode are timed: they are alike, but for how many rows pass the head
-CURVE_STEPS = 12  # of a decode of d2Cache are timed for the curve
+RUNS = 3  # timed decodes of a row
+LONG_RUN = 3.0  # seconds, after which no further decode of the row is started
+VANILLA_STEPS = 4  # timed steps of a vanilla decode, whose steps are alike
+CURVE_STEPS = 12  # timed steps of a decode of d2Cache for the curve
 
 LLADA_8B_SHAPE = Config(
     d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288,
@@ -59,13 +57,13 @@ CPU_SHAPE = replace(  # an eighth as wide and a quarter as deep
 LLADA_8B_BYTES = 23e9  # tensors and graphs 22 GB (weights 16), CUDA's context and libraries 1
 
 
-# What is timed without a checkpoint: prompts are lengths, a table for each, and so are curve's.
-Workload = namedtuple("Workload", "config dtype prompts curve gen_length batch")
-LLADA_8B_WORKLOAD = Workload(
+# Timed without a checkpoint: a table for each length in `prompts`, a curve over those in `curve`.
+Race = namedtuple("Race", "config dtype prompts curve gen_length batch")
+LLADA_8B_RACE = Race(
     LLADA_8B_SHAPE, torch.bfloat16, prompts=(128, 896, 3840), curve=(), gen_length=256, batch=1
 )
 # On a CPU two sequences at once: one alone leaves small matrices, and waits for the memory.
-CPU_WORKLOAD = Workload(
+CPU_RACE = Race(
     CPU_SHAPE, torch.float32, prompts=(384,), curve=(128, 384, 1024), gen_length=64, batch=2
 )
 
@@ -75,8 +73,8 @@ SHARES = ("exact match", "pass@1", "strict", "same text", "reused")  # printed i
 EXPLAINED = {  # a line under the title of a table
     "quality": "only it, only exact: problems that this row alone solves, or exact decoding "
     "(vanilla) in the same order; same text: as that",
-    "speed": f"medians of the runs, of vanilla's first {VANILLA_STEPS} steps; at best: the speed-up"
-    " of a step that takes its floor; with fewer rows than the ridge that is to read the weights",
+    "speed": f"medians of the runs, of vanilla's first {VANILLA_STEPS} steps; floor: reading all "
+    "weights, or above `ridge rows` the arithmetic; at best: the speed-up of a step at its floor",
     "curve": f"ms per step, from the first steps of a decode: {VANILLA_STEPS} of vanilla, "
     f"{CURVE_STEPS} of d2Cache",
 }
@@ -236,7 +234,7 @@ def make_plan(gen_length, block_length, own):
 
     compared = {"vanilla": ours["vanilla"], "window": ours["window"], "d2Cache": ours["d2cache"]}
     for name, policy in (compared | own).items():
-        for order in ORDERS:
+        for order in orders:
             add(name, policy, order, timed=name in own or order == "prior")
     if own:
         return plan
@@ -377,8 +375,8 @@ def measure_quality(task, prompts, plan, batch, temperature, seed):
 
 
 def sampling(temperature, seed, device):
-    """Arguments of `decode` that draw tokens, if any are drawn; all chance starts anew."""
-    torch.manual_seed(seed)  # of the controls
+    """Reseed torch, for the controls; the arguments of `decode` that draw tokens, if any are."""
+    torch.manual_seed(seed)
     if temperature == 0:
         return {}
     return {"temperature": temperature, "generator": torch.Generator(device).manual_seed(seed)}
@@ -440,7 +438,7 @@ def machine_rates(device, dtype):
 
 
 def floor_seconds(model, T, counts, rates):
-    """Mean over passes of the least each can take: to read all weights, or for the arithmetic.
+    """The roofline of a pass, in the mean: the time to read all weights, or its arithmetic's.
 
     counts: of every pass, how many rows go through the layers, and how many through the head
     """
@@ -458,9 +456,9 @@ def floor_seconds(model, T, counts, rates):
 
 
 def ridge_rows(element_size, rates):
-    """With fewer rows than these, in all sequences, a step takes what reading the weights takes.
+    """Rows of a step, in all sequences, at which its arithmetic takes as long as reading weights.
 
-    To read a weight takes element_size / bandwidth; to multiply it and add, 2 / FLOP/s for a row.
+    A weight takes element_size / bandwidth to read, and 2 / FLOP/s of arithmetic for each row.
     """
     bandwidth, flops = rates
     return element_size / bandwidth * flops / 2
@@ -473,14 +471,14 @@ def row_counts(policy, states):
     """
     counts = []
     before = None
-    for state in states:
-        in_layers = state.chosen.sum().item()
+    for step, state in enumerate(states):
+        in_layers = state.chosen
         if hasattr(policy, "recomputed"):  # a pass of its own, in shares of the layers
-            in_layers = policy.recomputed[len(counts)].sum().item()
-        predicted = state.masked | state.fresh  # masked before this step's commit
+            in_layers = policy.recomputed[step]
+        in_head = state.masked | state.fresh  # masked before this step's commit
         if before is not None:  # the first step predicts all of them
-            predicted = predicted & policy.choose(before)
-        counts.append((in_layers, predicted.sum().item()))
+            in_head = in_head & policy.choose(before)
+        counts.append((in_layers.sum().item(), in_head.sum().item()))
         before = state
     return counts
 
@@ -509,7 +507,7 @@ def mean_step(seconds, steps):
 
 
 def time_row(model, prompt, gen_length, row, replayed, rates):
-    """The Timing of a row, after a warm-up; of its memory, all that it reserves beyond the model's.
+    """The Timing of a row, after a warm-up.
 
     On a GPU the warm-up is a decode: kernels are chosen, and graphs captured, when first used.
     """
@@ -790,20 +788,6 @@ def block_length_of(args, gen_length):
     return block_length
 
 
-def load_module(path):
-    """The module of a Python file, which may import those beside it, whatever else is installed."""
-    name = f"{path.parent.name}_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look themselves up there
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
-    return module
-
-
 def read_data(args):
     """Problems of --data, who judges them, and the name of the score, as fields of a Task."""
     grader = load_module(GRADER)
@@ -908,37 +892,37 @@ def report_speed(args, name, model, prompt, gen_length, own):
     return report("speed", name, model, settings, rows, notes)
 
 
-def workload_of(args):
+def race_of(args):
     """What to time without a checkpoint, and what to say of it."""
     on_gpu = torch.device(args.device).type == "cuda"
-    workload = CPU_WORKLOAD
+    race = CPU_RACE
     if on_gpu and torch.cuda.mem_get_info(args.device)[0] > LLADA_8B_BYTES:
-        workload = LLADA_8B_WORKLOAD
-    name = f"random weights, {workload.config.n_layers} layers of {workload.config.d_model}"
-    if on_gpu and workload is CPU_WORKLOAD:
+        race = LLADA_8B_RACE
+    name = f"random weights, {race.config.n_layers} layers of {race.config.d_model}"
+    if on_gpu and race is CPU_RACE:
         name += f" (LLaDA-8B's shape wants {LLADA_8B_BYTES / 1e9:.0f} GB of free GPU memory)"
 
-    workload = workload._replace(
-        dtype=DTYPES.get(args.dtype, workload.dtype),
-        gen_length=args.gen_length or workload.gen_length,
-        batch=args.batch or workload.batch,
+    race = race._replace(
+        dtype=DTYPES.get(args.dtype, race.dtype),
+        gen_length=args.gen_length or race.gen_length,
+        batch=args.batch or race.batch,
     )
     if args.prompt_length:
-        workload = workload._replace(prompts=(args.prompt_length,), curve=())
-    return workload, name
+        race = race._replace(prompts=(args.prompt_length,), curve=())
+    return race, name
 
 
-def report_random_weights(args, workload, name, own):
+def report_race(args, race, name, own):
     """The speed tables of random weights, and the curve."""
-    config = workload.config
-    gen_length = workload.gen_length
-    batch = workload.batch
-    model = random_model(config, args.device, workload.dtype)
-    for length in workload.prompts:
+    config = race.config
+    gen_length = race.gen_length
+    batch = race.batch
+    model = random_model(config, args.device, race.dtype)
+    for length in race.prompts:
         prompt = random_prompt(config, length, batch, args.device)
         yield report_speed(args, name, model, prompt, gen_length, own)
-    if workload.curve:
-        prompts = [random_prompt(config, P, batch, args.device) for P in workload.curve]
+    if race.curve:
+        prompts = [random_prompt(config, P, batch, args.device) for P in race.curve]
         rows = measure_curve(model, prompts, gen_length)
         settings = {"response": gen_length, "batch": batch}
         yield report("curve", name, model, settings, rows, {})
@@ -951,8 +935,8 @@ def reports(args):
     if args.policy:
         own = [(args.policy.partition(".py:")[2], load_policy(args.policy))]
     if not args.model:
-        workload, name = workload_of(args)
-        block_length_of(args, workload.gen_length)
+        race, name = race_of(args)
+        block_length_of(args, race.gen_length)
 
     for task in tasks(args):
         block_length_of(args, task.gen_length)  # or refused, before any work
@@ -968,7 +952,7 @@ def reports(args):
             prompt = prompt.repeat(args.batch or 1, 1)
             yield report_speed(args, task.name, task.model, prompt, task.gen_length, own)
     if not args.model:
-        yield from report_random_weights(args, workload, name, own)
+        yield from report_race(args, race, name, own)
 
 
 def run_record(args):

@@ -730,20 +730,23 @@ def paper_settings(gen_length):
     }
 
 
-def load_policy(text):
-    """The policy of "FILE.py:Name" or "FILE.py:Name(k=8)"; ValueError says why there is none.
+def load_module(path):
+    """The module of a Python file, which may import those beside it, whatever else is installed."""
+    name = f"{path.parent.name}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look themselves up there
+    sys.path.insert(0, str(path.parent))
+    spec.loader.exec_module(module)
+    return module
 
-    It runs the file, which may import modules beside it.
-    """
+
+def load_policy(text):
+    """The policy of "FILE.py:Name" or "FILE.py:Name(k=8)"; ValueError says why there is none."""
     file, separator, call = text.partition(".py:")
     require(separator, f"policy is {text!r}, should be FILE.py:Name or FILE.py:Name(k=8)")
-    path = Path(file + ".py").resolve()
-    spec = importlib.util.spec_from_file_location("policy_of_" + path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    sys.path.append(str(path.parent))
     try:
-        spec.loader.exec_module(module)
+        module = load_module(Path(file + ".py").resolve())
         policy = eval(call, vars(module))  # to be trusted as much as the file itself
         if isinstance(policy, type):
             policy = policy()

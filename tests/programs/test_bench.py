@@ -50,6 +50,9 @@ def run(file, *arguments):
     return printed.getvalue(), json.loads(file.read_text())
 
 
+ORDERS = ("confidence", "blocks", "prior")
+
+
 @pytest.fixture
 def command(tmp_path):
     return partial(run, tmp_path / "numbers.json")
@@ -204,7 +207,7 @@ def test_the_quality_table_is_what_decoding_each_problem_alone_gives(embedded_ru
     assert row["same text"] == sum(map(str.__eq__, ours, exact)) / 3
     assert 0.85 < row["reused"] < 0.88 and rows["vanilla", "prior"]["reused"] == 0
     assert rows["vanilla", "prior, from 0.9"]["tokens per forward"] > 1.5
-    assert all(rows[policy, order] for policy in ("window", "d2Cache") for order in bench.ORDERS)
+    assert all(rows[policy, order] for policy in ("window", "d2Cache") for order in ORDERS)
     assert numbers["answers"] == [{"prompt": problems[0].question, "d2Cache": ours[0]}]
     assert f"d2Cache     {ours[0]}\n" in text
 
@@ -236,11 +239,11 @@ def test_a_policy_of_ones_own_stands_beside_what_it_is_compared_with_and_no_more
     (quality,), (speed,) = numbers["quality"], numbers["speed"]
     compared = ["vanilla", "window", "d2Cache", "Mine(k=3)"]
     rows = [(row["policy"], row["order"]) for row in quality["rows"]]
-    assert rows == [(name, order) for name in compared for order in bench.ORDERS]
+    assert rows == [(name, order) for name in compared for order in ORDERS]
     assert quality["block length"] == 2 and quality["Mine(k=3)"] == "Mine(k=3, p=0.1, sigma=None)"
     timed = [(row["policy"], row["order"]) for row in speed["rows"]]
     assert timed[:3] == [(name, "prior") for name in compared[:3]]
-    assert timed[3:] == [("Mine(k=3)", order) for order in bench.ORDERS]
+    assert timed[3:] == [("Mine(k=3)", order) for order in ORDERS]
     assert numbers["answers"][0]["Mine(k=3)"]
 
 
@@ -490,7 +493,7 @@ def test_a_file_that_cannot_be_written_is_found_before_the_work(tmp_path, monkey
 def test_llada_8bs_shape_is_timed_where_it_fits(free, large, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
     args = bench.make_parser().parse_args(["--device", "cuda"])
-    workload, name = bench.workload_of(args)
+    workload, name = bench.race_of(args)
     assert (workload.config is LLADA_8B_SHAPE) == large == ("23 GB" not in name)
 
 
