@@ -39,7 +39,7 @@ def certainty_density(known, sigma, dtype=torch.float32):
     response).  (B, T) bool -> (B, T) in [0, 1]
 
     For known 1 1 0 0 and sigma 1 the window is 1 at distance 0, then .607, .135 and .011 on either
-    side, 2.506 in all. The third position has (.607 + .135) / 2.506 = .30; all four: .64 .64 .30 .06
+    side, 2.506 in all. The third position has (.607 + .135) / 2.506 = .30, all four .64 .64 .30 .06
     """
     T = known.shape[1]
     reach = math.ceil(min(T - 1, 40 * sigma))  # further away the Gaussian is 0, even in float64
@@ -237,7 +237,7 @@ class DelayedCache:
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """The plainest control, ours: the block's first `width` masked positions, and the fresh ones."""
+    """The plainest control, ours: the block's first `width` masked positions and the fresh ones."""
 
     width: int = 4
     uses_attention = False
@@ -455,7 +455,7 @@ def kind_of(tensor):
 
 
 def paper_sigma(gen_length):
-    """The paper's 10 positions, which belong to 256 tokens; in proportion fewer for shorter ones."""
+    """The paper's 10 positions, for 256 tokens or more; in proportion fewer for a shorter one."""
     return min(10.0, 10 * gen_length / 256)
 
 
