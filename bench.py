@@ -8,7 +8,6 @@ and with --data too, its score.
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -22,9 +21,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, RecomputeAll, choose_positions, decode
-from d2cache import generate, highest, load_policy, pack, paper_settings, predict, recompute
-from d2cache import run_program, count_and_check
+from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, RecomputeAll, choose_positions
+from d2cache import count_and_check, decode, generate, highest, load_module, load_policy, pack
+from d2cache import paper_settings, predict, recompute, run_program
 from model import DTYPES, Config, KVCache, Transformer, decode_response, encode_prompt
 from model import load_tokenizer, require
 
@@ -39,13 +38,12 @@ GRADER = ROOT / "tests" / "scoring" / "scores.py"  # of --data
 # A world is a folder: a checkpoint, problems.jsonl, and problems.py with is_right(question, text)
 # and the RESPONSE_LENGTH that the model is trained for.
 WORLDS = {"tiny": EMBEDDED_MODEL}
-ORDERS = ("confidence", "blocks", "prior")  # of decoding
 THRESHOLD = 0.9  # of the rows that commit several tokens in a step
 
-RUNS = 3  # time so many decodes,
-LONG_RUN = 3.0  # but no further one after so many seconds
-VANILLA_STEPS = 4  # of a decode are timed: they are alike, but for how many rows pass the head
-CURVE_STEPS = 12  # of a decode of d2Cache are timed for the curve
+RUNS = 3  # timed decodes of a row
+LONG_RUN = 3.0  # seconds, after which no further decode of the row is started
+VANILLA_STEPS = 4  # timed steps of a vanilla decode, whose steps are alike
+CURVE_STEPS = 12  # timed steps of a decode of d2Cache for the curve
 
 LLADA_8B_SHAPE = Config(
     d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288,
@@ -59,14 +57,14 @@ CPU_SHAPE = replace(  # an eighth as wide and a quarter as deep
 LLADA_8B_BYTES = 23e9  # tensors and graphs 22 GB (weights 16), CUDA's context and libraries 1
 
 
-# What is timed without a checkpoint: prompts are lengths, a table for each, and so are curve's.
-Workload = namedtuple("Workload", "config dtype prompts curve gen_length batch")
-LLADA_8B_WORKLOAD = Workload(
+# Timed without a checkpoint: a table for each length in `prompts`, a curve over those in `curve`.
+Race = namedtuple("Race", "config dtype prompts curve gen_length batch")
+LLADA_8B_RACE = Race(
     LLADA_8B_SHAPE, torch.bfloat16, prompts=(128, 896, 3840), curve=(), gen_length=256, batch=1
 )
-# On a CPU four sequences at once: one alone leaves small matrices, and waits for the memory.
-CPU_WORKLOAD = Workload(
-    CPU_SHAPE, torch.float32, prompts=(384,), curve=(128, 384, 1024), gen_length=64, batch=4
+# On a CPU two sequences at once: one alone leaves small matrices, and waits for the memory.
+CPU_RACE = Race(
+    CPU_SHAPE, torch.float32, prompts=(384,), curve=(128, 384, 1024), gen_length=64, batch=2
 )
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -75,25 +73,15 @@ SHARES = ("exact match", "pass@1", "strict", "same text", "reused")  # printed i
 EXPLAINED = {  # a line under the title of a table
     "quality": "only it, only exact: problems that this row alone solves, or exact decoding "
     "(vanilla) in the same order; same text: as that",
-    "speed": f"medians of the runs, of vanilla's first {VANILLA_STEPS} steps; at best: the speed-up"
-    " of a step that takes its floor; with fewer rows than the ridge that is to read the weights",
+    "speed": f"medians of the runs, of vanilla's first {VANILLA_STEPS} steps; floor: reading all "
+    "weights, or above `ridge rows` the arithmetic; at best: the speed-up of a step at its floor",
     "curve": f"ms per step, from the first steps of a decode: {VANILLA_STEPS} of vanilla, "
     f"{CURVE_STEPS} of d2Cache",
 }
 
 
-# A row of a table to be measured: who decodes, in which order, and the arguments of `decode`.
-Row = namedtuple("Row", "policy order arguments")
-
-
-def in_order(name, policy, order, block_length):
-    """The Row of a policy in one of ORDERS."""
-    arguments = {
-        "confidence": {"sigma": None},
-        "blocks": {"block_length": block_length},  # by confidence in each
-        "prior": {},
-    }
-    return Row(name, order, arguments[order] | {"policy": policy})
+# A row to be measured: who decodes, in which order, the arguments of `decode`, in the speed table?
+Row = namedtuple("Row", "policy order arguments timed")
 
 
 def cell(name, value):
@@ -130,11 +118,16 @@ def report(kind, name, model, settings, rows, notes):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = {"model": name, "parameters": parameters, "dtype": str(weight.dtype)}
     facts["device"] = device_name(weight.device)
-    lines = [f"{kind.upper()}  {listed(facts)}", EXPLAINED[kind], listed(settings)]
-    lines.append(table_text(rows))
+    lines = [
+        f"{kind.upper()}  {listed(facts)}",
+        EXPLAINED[kind],
+        listed(settings),
+        table_text(rows),
+    ]
     if notes:
         lines.append(listed(notes))
-    return kind, "\n".join(lines) + "\n", facts | settings | {"rows": rows} | notes
+    lines.append("")
+    return kind, "\n".join(lines), facts | settings | {"rows": rows} | notes
 
 
 def listed(facts):
@@ -147,6 +140,11 @@ def device_name(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def no_terminal():
+    """Whether stderr is none, and gets no progress bars; a closed one is None."""
+    return sys.stderr is None or not sys.stderr.isatty()
 
 
 # ---- Quality -------------------------------------------------------------------------------------
@@ -217,31 +215,37 @@ def d2cache_of(gen_length):
     return paper_settings(gen_length)["d2cache"]["policy"]
 
 
-def quality_plan(gen_length, block_length, own):
-    """Rows; vanilla, which is exact, comes first in every order.
+def make_plan(gen_length, block_length, own):
+    """Rows of both tables; vanilla, which is exact, comes first in every order.
 
     own: (name, policy) of --policy, which stands beside what it is compared with and no more.
     """
-    ours = {name: row["policy"] for name, row in paper_settings(gen_length).items()}
-    row = partial(in_order, block_length=block_length)
-    in_all_orders = {
-        "vanilla": ours["vanilla"],
-        "window": ours["window"],
-        "d2Cache": ours["d2cache"],
+    orders = {
+        "confidence": {"sigma": None},
+        "blocks": {"block_length": block_length},  # by confidence in each
+        "prior": {},
     }
+    ours = {name: arguments["policy"] for name, arguments in paper_settings(gen_length).items()}
+    own = dict(own)
     plan = []
-    for name, policy in [*in_all_orders.items(), *own]:
-        plan += [row(name, policy, order) for order in ORDERS]
+
+    def add(name, policy, order, timed):
+        plan.append(Row(name, order, orders[order] | {"policy": policy}, timed))
+
+    compared = {"vanilla": ours["vanilla"], "window": ours["window"], "d2Cache": ours["d2cache"]}
+    for name, policy in (compared | own).items():
+        for order in orders:
+            add(name, policy, order, timed=name in own or order == "prior")
     if own:
         return plan
 
     for name in ("prefix", "dual", "delayed"):
-        plan.append(row(f"{name} cache", ours[name], "blocks"))
+        add(f"{name} cache", ours[name], "blocks", timed=True)
     for name, control in CONTROLS.items():
-        plan.append(row(name, control(**vars(ours["d2cache"])), "prior"))
+        add(name, control(**vars(ours["d2cache"])), "prior", timed=False)
     for name in ("vanilla", "d2Cache"):
-        arguments = {"policy": in_all_orders[name], "threshold": THRESHOLD}
-        plan.append(Row(name, f"prior, from {THRESHOLD}", arguments))
+        arguments = {"policy": compared[name], "threshold": THRESHOLD}
+        plan.append(Row(name, f"prior, from {THRESHOLD}", arguments, timed=False))
     return plan
 
 
@@ -263,8 +267,12 @@ def encode_problems(task):
 def left_padded(prompts):
     """Prompts (P,) of different length as one tensor, and its mask.  -> 2 x (B, longest P)"""
     longest = max(len(prompt) for prompt in prompts)
-    padded = [F.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts]
-    real = [F.pad(torch.ones_like(prompt), (longest - len(prompt), 0)) for prompt in prompts]
+    padded = []
+    real = []
+    for prompt in prompts:
+        before = (longest - len(prompt), 0)
+        padded.append(F.pad(prompt, before))
+        real.append(F.pad(torch.ones_like(prompt), before))
     return torch.stack(padded), torch.stack(real)
 
 
@@ -313,9 +321,12 @@ def wilson_interval(solved, n):
     z = 1.96
     share = solved / n
     middle = share + z**2 / (2 * n)
-    reach = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    variance = share * (1 - share) / n + z**2 / (4 * n**2)
+    reach = z * math.sqrt(variance)
     whole = 1 + z**2 / n
-    return max(0.0, (middle - reach) / whole), min(1.0, (middle + reach) / whole)
+    least = (middle - reach) / whole
+    most = (middle + reach) / whole
+    return max(0.0, least), min(1.0, most)  # round-off may go beyond
 
 
 def quality_row(row, outcome, exact, score, gen_length):
@@ -329,7 +340,7 @@ def quality_row(row, outcome, exact, score, gen_length):
         pairs = list(zip(outcome.right, exact.right))
         only_it = pairs.count((True, False))
         only_exact = pairs.count((False, True))
-        same = sum(text == other for text, other in zip(outcome.texts, exact.texts)) / n
+        same = sum(map(str.__eq__, outcome.texts, exact.texts)) / n
     return {
         "policy": row.policy,
         "order": row.order,
@@ -349,7 +360,7 @@ def measure_quality(task, prompts, plan, batch, temperature, seed):
     rows = []
     exact = {}  # Outcome by order
     total = len(plan) * len(prompts)
-    with tqdm(total=total, desc="quality", unit="decode", disable=None) as progress:
+    with tqdm(total=total, desc="quality", unit="decode", disable=no_terminal()) as progress:
         for row in plan:
             arguments = row.arguments | sampling(temperature, seed, task.model.wte.weight.device)
             outcome = solve(task, prompts, arguments, batch, progress)
@@ -364,8 +375,8 @@ def measure_quality(task, prompts, plan, batch, temperature, seed):
 
 
 def sampling(temperature, seed, device):
-    """Arguments of `decode` that draw tokens, if any are drawn; all chance starts anew."""
-    torch.manual_seed(seed)  # of the controls
+    """Reseed torch, for the controls; the arguments of `decode` that draw tokens, if any are."""
+    torch.manual_seed(seed)
     if temperature == 0:
         return {}
     return {"temperature": temperature, "generator": torch.Generator(device).manual_seed(seed)}
@@ -410,9 +421,9 @@ def timed(function, *arguments):
 
 
 def least_seconds(function, *arguments):
-    """The shortest of ten times that function(*arguments) takes, after a warm-up."""
+    """The shortest of five times that function(*arguments) takes, after a warm-up."""
     function(*arguments)
-    return min(timed(function, *arguments)[0] for _ in range(10))
+    return min(timed(function, *arguments)[0] for _ in range(5))
 
 
 def machine_rates(device, dtype):
@@ -427,7 +438,7 @@ def machine_rates(device, dtype):
 
 
 def floor_seconds(model, T, counts, rates):
-    """Mean over passes of the least each can take: to read all weights, or for the arithmetic.
+    """The roofline of a pass, in the mean: the time to read all weights, or its arithmetic's.
 
     counts: of every pass, how many rows go through the layers, and how many through the head
     """
@@ -445,9 +456,9 @@ def floor_seconds(model, T, counts, rates):
 
 
 def ridge_rows(element_size, rates):
-    """With fewer rows than these, in all sequences, a step takes what reading the weights takes.
+    """Rows of a step, in all sequences, at which its arithmetic takes as long as reading weights.
 
-    To read a weight takes element_size / bandwidth; to multiply it and add, 2 / FLOP/s for a row.
+    A weight takes element_size / bandwidth to read, and 2 / FLOP/s of arithmetic for each row.
     """
     bandwidth, flops = rates
     return element_size / bandwidth * flops / 2
@@ -460,14 +471,14 @@ def row_counts(policy, states):
     """
     counts = []
     before = None
-    for state in states:
-        in_layers = state.chosen.sum().item()
+    for step, state in enumerate(states):
+        in_layers = state.chosen
         if hasattr(policy, "recomputed"):  # a pass of its own, in shares of the layers
-            in_layers = policy.recomputed[len(counts)].sum().item()
-        predicted = state.masked | state.fresh  # masked before this step's commit
+            in_layers = policy.recomputed[step]
+        in_head = state.masked | state.fresh  # masked before this step's commit
         if before is not None:  # the first step predicts all of them
-            predicted = predicted & policy.choose(before)
-        counts.append((in_layers, predicted.sum().item()))
+            in_head = in_head & policy.choose(before)
+        counts.append((in_layers.sum().item(), in_head.sum().item()))
         before = state
     return counts
 
@@ -481,7 +492,8 @@ Timing = namedtuple("Timing", "row replayed runs share floor peak halfway")
 def step_seconds(model, prompt, gen_length, arguments, steps):
     """Seconds that each of the first steps of a decode takes, and their states."""
     decoding = decode(model, prompt, gen_length, **arguments)
-    seconds, states = zip(*[timed(next, decoding) for _ in range(steps)])
+    timings = [timed(next, decoding) for _ in range(steps)]
+    seconds, states = zip(*timings)
     return seconds, states
 
 
@@ -495,7 +507,7 @@ def mean_step(seconds, steps):
 
 
 def time_row(model, prompt, gen_length, row, replayed, rates):
-    """The Timing of a row, after a warm-up; of its memory, all that it reserves beyond the model's.
+    """The Timing of a row, after a warm-up.
 
     On a GPU the warm-up is a decode: kernels are chosen, and graphs captured, when first used.
     """
@@ -527,33 +539,19 @@ def time_row(model, prompt, gen_length, row, replayed, rates):
     return Timing(row, replayed, runs, share, floor, peak, states[(steps - 1) // 2])
 
 
-def speed_plan(gen_length, block_length, own):
-    """Rows of the policies in their own orders, vanilla first; own as in quality_plan."""
-    ours = {name: row["policy"] for name, row in paper_settings(gen_length).items()}
-    row = partial(in_order, block_length=block_length)
-    plan = [row("vanilla", ours["vanilla"], "prior")]
-    if not own:
-        plan += [
-            row(f"{name} cache", ours[name], "blocks") for name in ("prefix", "dual", "delayed")
-        ]
-    plan += [row("window", ours["window"], "prior"), row("d2Cache", ours["d2cache"], "prior")]
-    for name, policy in own:
-        plan += [row(name, policy, "prior"), row(name, policy, "blocks")]
-    return plan
-
-
 def measure_speed(model, prompt, gen_length, plan, rates):
-    """The Timing of every row; on a GPU of each twice, launched kernel by kernel and replayed.
+    """The Timing of every timed row; on a GPU launched kernel by kernel, and then replayed.
 
     But not replayed if the policy has a forward pass of its own.
     """
     twice = []
     for row in plan:
-        twice.append((row, False))
-        if prompt.is_cuda and not hasattr(row.arguments["policy"], "recompute"):
+        if row.timed:
+            twice.append((row, False))
+        if row.timed and prompt.is_cuda and not hasattr(row.arguments["policy"], "recompute"):
             twice.append((row, True))
     timings = []
-    for row, replayed in tqdm(twice, desc="speed", unit="row", disable=None):
+    for row, replayed in tqdm(twice, desc="speed", unit="row", disable=no_terminal()):
         timings.append(time_row(model, prompt, gen_length, row, replayed, rates))
     return timings
 
@@ -601,37 +599,36 @@ def measure_parts(model, timing):
         plain = CudaGraphs(RecomputeAll()).recompute
         whole = CudaGraphs(policy).recompute
     logits, _ = plain(*arguments)
-    forward = least_seconds(plain, *arguments)
-    seconds = {
-        "forward": forward,
-        "influence": max(0.0, least_seconds(whole, *arguments) - forward),
-        "prediction": least_seconds(predict, logits, model.config),
-        "selection": least_seconds(select, policy, state, shifted),
+    forward = 1000 * least_seconds(plain, *arguments)
+    parts = {
+        "forward ms": forward,
+        "influence ms": max(0.0, 1000 * least_seconds(whole, *arguments) - forward),
+        "prediction ms": 1000 * least_seconds(predict, logits, model.config),
+        "selection ms": 1000 * least_seconds(select, policy, state, shifted),
     }
-    rest = statistics.median(timing.runs) - sum(seconds.values())
-    seconds["the rest"] = rest
-    return {part: 1000 * taken for part, taken in seconds.items()}
+    step = 1000 * statistics.median(timing.runs)
+    return parts | {"the rest ms": step - sum(parts.values())}
 
 
 def select(policy, state, shifted):
     """What `decode` does between two passes: positions (B, Q), valid (B, Q) and R of the next."""
     chosen, predicted = choose_positions(policy, state, shifted)
-    finite = torch.ones((), dtype=torch.bool, device=chosen.device)
-    Q, R = count_and_check(policy, state, chosen, predicted, finite)
+    Q, R = count_and_check(policy, state, chosen, predicted)
     return *pack(chosen, predicted, Q), R
 
 
 def measure_curve(model, prompts, gen_length):
     """Rows of the curve: a step of vanilla and of d2Cache after longer and longer prompts."""
     rows = []
-    for prompt in tqdm(prompts, desc="curve", unit="prompt", disable=None):
+    for prompt in tqdm(prompts, desc="curve", unit="prompt", disable=no_terminal()):
         row = {"prompt": prompt.shape[1]}
         for name, most in (("vanilla", VANILLA_STEPS), ("d2cache", CURVE_STEPS)):
             steps = min(most, gen_length)
             arguments = (model, prompt, gen_length, paper_settings(gen_length)[name], steps)
             if prompt.is_cuda:
                 step_seconds(*arguments)  # kernels are chosen when first used
-            row[f"{name} ms"] = 1000 * mean_step(step_seconds(*arguments)[0], gen_length)
+            seconds, _ = step_seconds(*arguments)
+            row[f"{name} ms"] = 1000 * mean_step(seconds, gen_length)
         rows.append(row | {"speed-up": row["vanilla ms"] / row["d2cache ms"]})
     return rows
 
@@ -697,10 +694,11 @@ class CudaGraphs:
     def round_up(self, positions, valid, R, T):
         """What `pack` gives and R, for the sizes of a graph."""
         Q = positions.shape[1]
-        more = min(T, math.ceil(Q / self.bucket) * self.bucket) - Q
-        rows = min(T, math.ceil(R / self.bucket) * self.bucket)
-        repeats = positions[:, :1].expand(-1, more)
-        return torch.cat([positions, repeats], dim=1), F.pad(valid, (0, more)), rows
+        larger_Q = min(T, math.ceil(Q / self.bucket) * self.bucket)
+        larger_R = min(T, math.ceil(R / self.bucket) * self.bucket)
+        repeats = positions[:, :1].expand(-1, larger_Q - Q)
+        positions = torch.cat([positions, repeats], dim=1)
+        return positions, F.pad(valid, (0, larger_Q - Q)), larger_R
 
     def capture(self, state, inputs, rows):
         """A graph, the tensors that it reads, and those in which a replay leaves its results."""
@@ -790,20 +788,6 @@ def block_length_of(args, gen_length):
     return block_length
 
 
-def load_module(path):
-    """The module of a Python file, which may import those beside it, whatever else is installed."""
-    name = f"{path.parent.name}_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look themselves up there
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
-    return module
-
-
 def read_data(args):
     """Problems of --data, who judges them, and the name of the score, as fields of a Task."""
     grader = load_module(GRADER)
@@ -846,11 +830,13 @@ def tasks(args):
     """The checkpoint of --model; or every embedded model, with --data the first one alone."""
     data = read_data(args) if args.data else {}
     if args.model:
-        yield Task(args.model, *load_model(args, args.model), args.gen_length or 256, **data)
+        model, tokenizer = load_model(args, args.model)
+        yield Task(args.model, model, tokenizer, args.gen_length or 256, **data)
         return
     for name, folder in WORLDS.items():
         fields = read_world(folder, args.problems) | data
-        yield Task(name, *load_model(args, folder), **fields)
+        model, tokenizer = load_model(args, folder)
+        yield Task(name, model, tokenizer, **fields)
         if args.data:
             return
 
@@ -863,8 +849,9 @@ def report_answer(task, text, own):
         tokens = generate(task.model, prompt, task.gen_length, policy=policy)
         response = tokens[0, prompt.shape[1] :]
         numbers[name] = decode_response(task.tokenizer, response, task.model.config.end_ids)
-    printed = "\n".join(f"{name:10}  {text}" for name, text in numbers.items()) + "\n"
-    return "answers", printed, numbers
+    lines = [f"{name:10}  {text}" for name, text in numbers.items()]
+    lines.append("")
+    return "answers", "\n".join(lines), numbers
 
 
 def report_quality(args, task, prompts, own):
@@ -874,18 +861,10 @@ def report_quality(args, task, prompts, own):
     batch = args.batch
     if batch is None:
         batch = 1 if args.model else 32  # of a large model, memory may hold one
-    settings = {
-        "problems": len(prompts),
-        "examples": args.shots,
-        "response": gen_length,
-        "block length": block_length,
-        "tokens per step": 1,
-        "temperature": args.temperature,
-        "seed": args.seed,
-        "batch": batch,
-    }
-    settings |= {name: str(policy) for name, policy in [("d2Cache", d2cache_of(gen_length)), *own]}
-    plan = quality_plan(gen_length, block_length, own)
+    settings = {"problems": len(prompts), "response": gen_length, "block length": block_length}
+    for name, policy in [("d2Cache", d2cache_of(gen_length)), *own]:
+        settings[name] = str(policy)
+    plan = make_plan(gen_length, block_length, own)
     rows = measure_quality(task, prompts, plan, batch, args.temperature, args.seed)
     return report("quality", task.name, task.model, settings, rows, {})
 
@@ -898,15 +877,13 @@ def report_speed(args, name, model, prompt, gen_length, own):
         "response": gen_length,
         "batch": len(prompt),
         "block length": block_length,
-        "tokens per step": 1,
     }
     weight = model.wte.weight
     rates = machine_rates(weight.device, weight.dtype)
-    plan = speed_plan(gen_length, block_length, own)
+    plan = make_plan(gen_length, block_length, own)
     timings = measure_speed(model, prompt, gen_length, plan, rates)
     d2cache = [timing for timing in timings if type(timing.row.arguments["policy"]) is D2Cache]
-    parts = measure_parts(model, d2cache[-1])
-    notes = {f"{part} ms": milliseconds for part, milliseconds in parts.items()} | {
+    notes = measure_parts(model, d2cache[-1]) | {
         "copy GB/s": rates[0] / 1e9,
         "matrix TFLOP/s": rates[1] / 1e12,
         "ridge rows": ridge_rows(weight.element_size(), rates),
@@ -915,37 +892,37 @@ def report_speed(args, name, model, prompt, gen_length, own):
     return report("speed", name, model, settings, rows, notes)
 
 
-def workload_of(args):
+def race_of(args):
     """What to time without a checkpoint, and what to say of it."""
     on_gpu = torch.device(args.device).type == "cuda"
-    workload = CPU_WORKLOAD
+    race = CPU_RACE
     if on_gpu and torch.cuda.mem_get_info(args.device)[0] > LLADA_8B_BYTES:
-        workload = LLADA_8B_WORKLOAD
-    name = f"random weights, {workload.config.n_layers} layers of {workload.config.d_model}"
-    if on_gpu and workload is CPU_WORKLOAD:
+        race = LLADA_8B_RACE
+    name = f"random weights, {race.config.n_layers} layers of {race.config.d_model}"
+    if on_gpu and race is CPU_RACE:
         name += f" (LLaDA-8B's shape wants {LLADA_8B_BYTES / 1e9:.0f} GB of free GPU memory)"
 
-    workload = workload._replace(
-        dtype=DTYPES.get(args.dtype, workload.dtype),
-        gen_length=args.gen_length or workload.gen_length,
-        batch=args.batch or workload.batch,
+    race = race._replace(
+        dtype=DTYPES.get(args.dtype, race.dtype),
+        gen_length=args.gen_length or race.gen_length,
+        batch=args.batch or race.batch,
     )
     if args.prompt_length:
-        workload = workload._replace(prompts=(args.prompt_length,), curve=())
-    return workload, name
+        race = race._replace(prompts=(args.prompt_length,), curve=())
+    return race, name
 
 
-def report_random_weights(args, workload, name, own):
+def report_race(args, race, name, own):
     """The speed tables of random weights, and the curve."""
-    config = workload.config
-    gen_length = workload.gen_length
-    batch = workload.batch
-    model = random_model(config, args.device, workload.dtype)
-    for length in workload.prompts:
+    config = race.config
+    gen_length = race.gen_length
+    batch = race.batch
+    model = random_model(config, args.device, race.dtype)
+    for length in race.prompts:
         prompt = random_prompt(config, length, batch, args.device)
         yield report_speed(args, name, model, prompt, gen_length, own)
-    if workload.curve:
-        prompts = [random_prompt(config, P, batch, args.device) for P in workload.curve]
+    if race.curve:
+        prompts = [random_prompt(config, P, batch, args.device) for P in race.curve]
         rows = measure_curve(model, prompts, gen_length)
         settings = {"response": gen_length, "batch": batch}
         yield report("curve", name, model, settings, rows, {})
@@ -958,8 +935,8 @@ def reports(args):
     if args.policy:
         own = [(args.policy.partition(".py:")[2], load_policy(args.policy))]
     if not args.model:
-        workload, name = workload_of(args)
-        block_length_of(args, workload.gen_length)
+        race, name = race_of(args)
+        block_length_of(args, race.gen_length)
 
     for task in tasks(args):
         block_length_of(args, task.gen_length)  # or refused, before any work
@@ -971,18 +948,19 @@ def reports(args):
         if prompts:
             yield report_quality(args, task, prompts, own)
         if args.model:
-            prompt = encode_prompt(task.tokenizer, text).repeat(args.batch or 1, 1).to(args.device)
+            prompt = encode_prompt(task.tokenizer, text).to(args.device)
+            prompt = prompt.repeat(args.batch or 1, 1)
             yield report_speed(args, task.name, task.model, prompt, task.gen_length, own)
     if not args.model:
-        yield from report_random_weights(args, workload, name, own)
+        yield from report_race(args, race, name, own)
 
 
 def run_record(args):
     """How the numbers came about."""
-    git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "describe", "--always"]
+    git = ["git", f"--git-dir={ROOT}/.git", f"--work-tree={ROOT}", "describe", "--always"]
     driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return {
-        "command": sys.argv,
+        "arguments": vars(args),
         "commit": output_of(git + ["--dirty", "--abbrev=40", "--exclude=*"]),
         "torch": torch.__version__,
         "driver": output_of(driver),

@@ -39,7 +39,7 @@ def certainty_density(known, sigma, dtype=torch.float32):
     response).  (B, T) bool -> (B, T) in [0, 1]
 
     For known 1 1 0 0 and sigma 1 the window is 1 at distance 0, then .607, .135 and .011 on either
-    side, 2.506 in all. The third position has (.607 + .135) / 2.506 = .30; all four: .64 .64 .30 .06
+    side, 2.506 in all. The third position has (.607 + .135) / 2.506 = .30, all four .64 .64 .30 .06
     """
     T = known.shape[1]
     reach = math.ceil(min(T - 1, 40 * sigma))  # further away the Gaussian is 0, even in float64
@@ -237,7 +237,7 @@ class DelayedCache:
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """The plainest control, ours: the block's first `width` masked positions, and the fresh ones."""
+    """The plainest control, ours: the block's first `width` masked positions and the fresh ones."""
 
     width: int = 4
     uses_attention = False
@@ -392,12 +392,6 @@ def with_noise(logits, temperature, generator):
     return logits - temperature * torch.log(-torch.log(noise))
 
 
-def all_finite(logits):
-    """Whether no logit is NaN or infinite.  -> bool tensor ()"""
-    low, high = logits.aminmax()  # one pass; NaN if any is
-    return (low > -torch.inf) & (high < torch.inf)
-
-
 def unmask(state, predicted, confidence, by_prior, tokens_per_step, threshold):
     """Which predicted positions of the block to commit.  -> (B, T) bool
 
@@ -461,12 +455,12 @@ def kind_of(tensor):
 
 
 def paper_sigma(gen_length):
-    """The paper's 10 positions, which belong to 256 tokens; in proportion fewer for shorter ones."""
+    """The paper's 10 positions, for 256 tokens or more; in proportion fewer for a shorter one."""
     return min(10.0, 10 * gen_length / 256)
 
 
 def order_of(sigma, gen_length, block_length):
-    """Whether to commit by certainty prior, and sigma of the density; see `decode`."""
+    """Whether to commit by certainty prior; and sigma, which stage 1 of d2Cache needs anyway."""
     if sigma == "auto":
         return block_length is None, paper_sigma(gen_length)
     if sigma is None:
@@ -553,7 +547,8 @@ def decode(
     that breaks its contract; and for logits that are not finite.
     """
     check_prompt(prompt, prompt_mask, gen_length, model.config)
-    check_settings(gen_length, block_length, tokens_per_step, policy, sigma, threshold)
+    check_policy(policy)
+    check_settings(gen_length, block_length, tokens_per_step, sigma, threshold)
     weight = model.wte.weight
     check_sampling(temperature, generator, weight.device)
 
@@ -567,13 +562,12 @@ def decode(
         cache = KVCache(model.config, *state.tokens.shape, weight.device, weight.dtype)
     else:
         cache.clear()
-    finite = torch.ones((), dtype=torch.bool, device=weight.device)
     while True:
         block = current_block(state.masked, block_length, P)
         density = certainty_density(state.known, sigma, state.confidence.dtype)
         state = replace(state, block=block, density=density)
         chosen, predicted = choose_positions(policy, state, model.config.shifted)
-        Q, R = count_and_check(policy, state, chosen, predicted, finite)
+        Q, R = count_and_check(policy, state, chosen, predicted)
         if state.step > 0:
             yield state  # no sooner: only now it is known that its logits were finite
         if Q == 0:  # every sequence is finished
@@ -585,7 +579,6 @@ def decode(
             influence = state.influence
         else:  # a finished sequence keeps its own
             influence = influence.where(chosen.any(dim=1, keepdim=True), state.influence)
-        finite = all_finite(logits)
 
         probability, token = predict(logits, model.config, temperature, generator)
         confidence = unpack(probability, predicted).where(predicted, state.confidence)
@@ -615,12 +608,13 @@ def generate(model, prompt, gen_length, **arguments):
     return state.tokens
 
 
-def count_and_check(policy, state, chosen, predicted, finite):
+def count_and_check(policy, state, chosen, predicted):
     """Q and R: the most positions that any sequence recomputes, and predicts, in this step.
 
-    This is the one transfer from device to host in a step. So it also brings whether the logits of
-    the last step were `finite`, and whether the policy keeps its contract. ValueError if not.
+    The one transfer from device to host in a step, so two checks ride along, with ValueError: that
+    the last step's logits were finite (else its confidence is NaN), and the policy's contract.
     """
+    finite = ~state.confidence.isnan().any()
     candidate = (predicted & state.block).any(dim=1)
     finished = ~state.block.any(dim=1)
     lawful = (candidate | finished).all()
@@ -676,7 +670,14 @@ def check_sigma(sigma):
     require(number, f"sigma is {sigma!r}, should be a number of positions, at least 0.01")
 
 
-def check_settings(gen_length, block_length, tokens_per_step, policy, sigma, threshold):
+def check_policy(policy):
+    """ValueError unless it has what `Policy` lists."""
+    has_both = callable(getattr(policy, "choose", None)) and hasattr(policy, "uses_attention")
+    right = "should be an object like DualCache(), with choose(state) and uses_attention"
+    require(has_both and not isinstance(policy, type), f"policy is {policy!r}, {right}")
+
+
+def check_settings(gen_length, block_length, tokens_per_step, sigma, threshold):
     """ValueError, with the value and what would be right, for settings of `decode` out of range."""
     check_whole("tokens_per_step", tokens_per_step)
     if block_length is not None:
@@ -685,10 +686,6 @@ def check_settings(gen_length, block_length, tokens_per_step, policy, sigma, thr
         require(gen_length % block_length == 0, fault)
     if sigma not in ("auto", None):
         check_sigma(sigma)
-
-    chooses = hasattr(policy, "choose") and hasattr(policy, "uses_attention")
-    fault = f"policy is {policy!r}, should be an object like DualCache(), with choose and"
-    require(chooses and not isinstance(policy, type), f"{fault} uses_attention")
 
     in_range = threshold is None or 0 <= threshold <= 1
     require(in_range, f"threshold is {threshold}, should be from 0 to 1, or None")
@@ -733,36 +730,39 @@ def paper_settings(gen_length):
     }
 
 
-def load_policy(text):
-    """The policy of "FILE.py:Name" or "FILE.py:Name(k=8)"; ValueError says why there is none.
+def load_module(path):
+    """The module of a Python file, which may import those beside it, whatever else is installed."""
+    name = f"{path.parent.name}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look themselves up there
+    sys.path.insert(0, str(path.parent))
+    spec.loader.exec_module(module)
+    return module
 
-    It runs the file, which may import modules beside it.
-    """
+
+def load_policy(text):
+    """The policy of "FILE.py:Name" or "FILE.py:Name(k=8)"; ValueError says why there is none."""
     file, separator, call = text.partition(".py:")
     require(separator, f"policy is {text!r}, should be FILE.py:Name or FILE.py:Name(k=8)")
-    path = Path(file + ".py").resolve()
-    spec = importlib.util.spec_from_file_location("policy_of_" + path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    sys.path.append(str(path.parent))
     try:
-        spec.loader.exec_module(module)
+        module = load_module(Path(file + ".py").resolve())
         policy = eval(call, vars(module))  # to be trusted as much as the file itself
         if isinstance(policy, type):
             policy = policy()
+        check_policy(policy)
     except (Exception, SystemExit) as error:
         raise ValueError(f"policy {text}: {type(error).__name__}: {error}") from error
-    contract = callable(getattr(policy, "choose", None)) and hasattr(policy, "uses_attention")
-    require(contract, f"policy {text}: {policy!r} should have choose(state) and uses_attention")
     return policy
 
 
 def roles(before, state):
-    """The reason for each recomputed position, and what was decoded.  -> {name: (B, T) bool}
+    """Why each position was recomputed in a step, and what the step committed.  -> (B, T) bools
 
-    `before` is the state that the step started from, None for the first. "candidates" are all
-    recomputed positions that were masked, "known" those known for longer than a step: in a full
-    refresh the whole prompt, and for Dream the rows that were recomputed to predict the next one.
+    before       the state that the step started from, None for the first
+    candidates   recomputed, and masked before the step
+    fresh        recomputed, and committed by the step before it
+    known        recomputed, and known for longer than that
     """
     committed = state.fresh
     candidates = state.chosen & (state.masked | committed)
@@ -777,10 +777,10 @@ def roles(before, state):
     }
 
 
-def places(positions):
+def places(marked):
     """How many positions of one sequence, (T,) bool, and which: "9: 0-6 11 13"; or "0"."""
     runs = []
-    for i in positions.nonzero()[:, 0].tolist():
+    for i in marked.nonzero()[:, 0].tolist():
         if runs and i == runs[-1][1] + 1:
             runs[-1][1] = i
         else:
@@ -788,7 +788,7 @@ def places(positions):
     words = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
     if not words:
         return "0"
-    return " ".join([f"{positions.sum().item()}:", *words])
+    return " ".join([f"{marked.sum().item()}:", *words])
 
 
 TRACE = "{:>4}  {:<30}  {:<14}  {:<8}  {}"
@@ -800,7 +800,8 @@ def trace(before, state, sigma, tokenizer, end_ids=()):
 
     With end_ids, if decoding stops there, what was made EOS behind the end is only counted.
     """
-    prior = certainty_prior(state.confidence, state.known & ~state.fresh, sigma)[0].tolist()
+    known_before = state.known & ~state.fresh  # when the step decided
+    prior = certainty_prior(state.confidence, known_before, sigma)[0].tolist()
     confidence = state.confidence[0].tolist()
     tokens = state.tokens[0].tolist()
     commits = []

@@ -32,15 +32,10 @@ from torch import nn
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of rows, for 30 ms
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 # The layouts implemented, by model_type, and whether row i - 1 of their logits predicts position i.
 SHIFTED = {"llada": False, "illada": False, "a2d-qwen2": False, "Dream": True}
-MAP_ROWS = 256  # query rows in a slice of the attention map: all take H * Q * T numbers
+MAP_ROWS = 256  # queries in a slice of the attention map
 
 
 def require(condition, message):
@@ -118,7 +113,7 @@ class KVCache:
 
         rows: the indices (B, 1) of sequences and (B, Q) of positions, as one pair.
         """
-        self.k[layer][rows] = k.to(self.k.dtype)  # another one only under torch.autocast
+        self.k[layer][rows] = k.to(self.k.dtype)  # they differ under torch.autocast alone
         self.v[layer][rows] = v.to(self.v.dtype)
         return self.k[layer], self.v[layer]
 
@@ -160,6 +155,9 @@ def attention_map(q, k, padding=None):
     """
     B, Q, H, D = q.shape
     G = k.shape[2]
+    if Q > MAP_ROWS:  # in slices: the weights of all heads are B H Q T numbers
+        slices = [attention_map(some, k, padding) for some in q.split(MAP_ROWS, dim=1)]
+        return torch.cat(slices, dim=1)
     q = q.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4)  # -> (B, G, H / G, Q, D)
     scores = (q * D**-0.5).flatten(2, 3) @ k.permute(0, 2, 3, 1)  # keys (B, G, D, T)
     if padding is not None:
@@ -168,14 +166,8 @@ def attention_map(q, k, padding=None):
     return weights.mean(dim=(1, 2), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def sliced_attention_map(q, k, padding=None):
-    """`attention_map` by slices of MAP_ROWS query rows: the weights of all heads take H Q T numbers."""
-    slices = [attention_map(rows, k, padding) for rows in q.split(MAP_ROWS, dim=1)]
-    return slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
-
-
 class Layer(nn.Module):
-    """Attention, then a gated MLP; each reads the normalised residual stream and adds to it.
+    """What stands before attention and after it; attention itself is in `hidden_states`.
 
     LLaDA's checkpoint calls a layer a block. Here a block is a stretch of text.
     """
@@ -211,7 +203,7 @@ class Layer(nn.Module):
         return q, k, v
 
     def forward(self, x, attended):
-        """Add what was attended to, (B, Q, H, D), then the MLP.  (B, Q, C) -> (B, Q, C)"""
+        """x plus attention's result `attended`, (B, Q, H, D); plus the MLP.  (B, Q, C) -> same"""
         x = x + self.attn_out(attended.flatten(2))  # (B, Q, H, D) -> (B, Q, C)
         return x + self.mlp(self.ff_norm(x))
 
@@ -236,7 +228,8 @@ class Transformer(nn.Module):
         self.ln_f = nn.RMSNorm(C, config.rms_norm_eps)
         head = nn.Linear(C, rows, bias=False)
         self.ff_out = None if config.weight_tying else head
-        self.wte.weight = nn.Parameter(head.weight.detach().clone())  # the embedding starts as it
+        # As an embedding of its own, N(0, 1), a tied head would be far too large.
+        self.wte.weight = nn.Parameter(head.weight.detach().clone())
 
     def forward(self, tokens, positions=None, cache=None, return_attention=False, padding=None):
         """Logits of the recomputed positions, (B, Q, V'); V' is config.embedding_size.
@@ -262,20 +255,26 @@ class Transformer(nn.Module):
         self, tokens, positions=None, cache=None, return_attention=False, padding=None
     ):
         """`forward` up to the head: residual stream (B, Q, C); L maps (B, Q, T), if asked for."""
-        positions = self.check_positions(tokens, positions, cache)
-        sequences = torch.arange(len(tokens), device=tokens.device)[:, None]
+        B, T = tokens.shape
+        size = (B, T) if cache is None else tuple(cache.k.shape[1:3])
+        require(size == (B, T), f"cache is for {size} tokens, should be for {(B, T)}")
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device).expand(B, T)
+        else:
+            require(cache is not None, "cache is None, should hold what positions leave out")
+        sequences = torch.arange(B, device=tokens.device)[:, None]
         rows = (sequences, positions)
 
         x = self.wte(tokens[rows])  # (B, T) -> (B, Q) -> (B, Q, C)
         cos, sin = rope(positions, self.config, torch.promote_types(x.dtype, torch.float32))
         maps = []
-        for layer, block in enumerate(self.blocks):
-            q, k, v = block.queries_keys_values(x, cos, sin)
+        for i, layer in enumerate(self.blocks):
+            q, k, v = layer.queries_keys_values(x, cos, sin)
             if cache is not None:
-                k, v = cache.update(layer, rows, k, v)  # (B, Q, G, D) -> (B, T, G, D)
-            x = block(x, attend(q, k, v, padding))
+                k, v = cache.update(i, rows, k, v)  # (B, Q, G, D) -> (B, T, G, D)
+            x = layer(x, attend(q, k, v, padding))
             if return_attention:
-                maps.append(sliced_attention_map(q, k, padding))
+                maps.append(attention_map(q, k, padding))
         return x, maps
 
     def head(self, hidden):
@@ -293,17 +292,6 @@ class Transformer(nn.Module):
         corrupt, unsupported, or does not fit its config.json.
         """
         return load_model(path_or_repo_id, device, dtype, revision)
-
-    @staticmethod
-    def check_positions(tokens, positions, cache):
-        """The positions to recompute, or ValueError if the cache does not fit them."""
-        B, T = tokens.shape
-        size = (B, T) if cache is None else tuple(cache.k.shape[1:3])
-        require(size == (B, T), f"cache is for {size} tokens, should be for {(B, T)}")
-        if positions is None:
-            return torch.arange(T, device=tokens.device).expand(B, T)
-        require(cache is not None, "cache is None, should hold what positions leave out")
-        return positions
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -410,10 +398,10 @@ def read_tokenizer(folder):
             tokenizer = Tokenizer.from_str(json.dumps(values))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # the library raises any Exception, and its panics are none
+    except BaseException as error:  # a panic of the library, which is in Rust, is no Exception
         raise ValueError(f"{folder}: no readable tokenizer ({str(error)[:500]})") from error
 
-    # The library ignores the ids of added tokens: they get the vocabulary's or the next.
+    # The library ignores the ids that the file gives to added tokens, and counts on instead.
     added = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
     wrong = [token for token, id in added.items() if tokenizer.token_to_id(token) != id]
     require(not wrong, f"{folder}: the ids of {shown(wrong)} should follow the vocabulary's")
@@ -541,12 +529,12 @@ def literal_ids(literal, text):
     return encoding.ids
 
 
-def decode_response(tokenizer, response, eos_token_id):
+def decode_response(tokenizer, response, end_ids):
     """The text of a response, (gen_length,) ids, up to the first token that ends an answer.
 
-    eos_token_id: one id or several; the tokenizer's end-of-turn tokens end an answer too.
+    end_ids: one id or several; the tokenizer's end-of-turn tokens end an answer too.
     """
-    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    ends = {end_ids} if isinstance(end_ids, int) else set(end_ids)
     ends |= {tokenizer.token_to_id(token) for token in END_OF_TURN}
     ids = response.tolist()
     length = next((i for i, id in enumerate(ids) if id in ends), len(ids))
@@ -671,7 +659,7 @@ def read_config(path):
 
 
 def plain_values(path):
-    """What a config.json says, without null and without a level for the rotary embedding."""
+    """What a config.json says, without nulls; the rotary embedding's own object is flattened."""
     values = read_json(path)
     for group in ("rope_scaling", "rope_parameters"):
         inner = values.pop(group, None) or {}
@@ -692,7 +680,7 @@ def plain_values(path):
 
 
 def refuse_other_computations(path, values, fixed, read):
-    """ValueError for a key that asks, for all one knows, for another computation than ours."""
+    """ValueError for any key that may ask for another computation than this file's."""
     for key, value in values.items():
         if key in fixed:
             other = f"{path}: {key} is {shown(value)}, but only {fixed[key]!r} is implemented"
@@ -705,7 +693,7 @@ def refuse_other_computations(path, values, fixed, read):
 
 
 def make_config(path, ours, keys):
-    """The Config of values under our names; a message names the keys of the file."""
+    """Config(**ours); error messages name a key as the file does, by `keys`, ours to theirs."""
     needed = [f.name for f in fields(Config) if f.default is MISSING]
     missing = dict.fromkeys(keys[name] for name in needed if name not in ours)
     require(not missing, f"{path}: missing keys {list(missing)}")

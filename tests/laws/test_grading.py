@@ -219,23 +219,6 @@ def test_a_policy_earns_a_point_by_every_law_that_it_keeps(policies, call, broke
         assert verdicts[broken]["score"] == 0 and line in verdicts[broken]["output"]
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("none.py:Lawful", "No such file or directory"),
-        ("mine.py:Lawful(width=3)", "unexpected keyword argument 'width'"),
-        ("mine.py:POLICIES", "name 'POLICIES' is not defined"),
-        ("mine.py:dataclass", "should have choose"),
-        ("mine.py", "should be FILE.py:Name or FILE.py:Name(k=8)"),
-    ],
-)
-def test_where_there_is_no_policy_one_line_says_why(policies, text, message, monkeypatch):
-    monkeypatch.chdir(policies)
-    with pytest.raises(ValueError, match=message.replace("(k=8)", "")) as refusal:
-        load_policy(text)
-    assert text in str(refusal.value)
-
-
 def test_a_policy_may_come_with_arguments_or_as_an_object_and_import_what_is_beside_it(policies):
     state = next(decode(SPEC.build(), torch.tensor([[1, 2, 3]]), 8))
     for call, k in [("Lawful(k=5)", 5), ("Lawful", 2), ("THREE", 3)]:

@@ -135,6 +135,12 @@ def test_the_papers_settings_fit_every_length(gen_length):
         assert name != "d2cache" or arguments["policy"].k <= max(1, gen_length // 8)
 
 
+def test_the_python_of_the_readme_runs():
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout == answer(64, policy=D2Cache(k=8)) + "\n", result.stderr
+
+
 # ---- The trace -----------------------------------------------------------------------------------
 
 
