@@ -17,7 +17,8 @@ class WindowDiffusion:
     uses_attention = False
 
     def choose(self, state):
-        first = state.masked & (state.masked.cumsum(dim=1) <= self.active)
+        masked = state.masked & (state.block.cumsum(dim=1) > 0)  # none is left before the block
+        first = masked & (masked.cumsum(dim=1) <= self.active)
         refreshed_at = state.step // self.n * self.n + 1  # steps 1, n + 1, 2 n + 1 and so on
         since = state.decoded_at > refreshed_at
         everything = state.step % self.n == 0
