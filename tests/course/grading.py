@@ -55,7 +55,7 @@ POINTS = {
     "attended": {"test_stage_2_is_the_nucleus_of_influence_among_the_known": 2},
 }
 TOGETHER = {"all together": {"test_the_embedded_model_decodes_the_same_words": 2}}
-STAGES = ("about_to_be_decoded", "attended")  # methods of a class D2Cache
+STAGES = {"about_to_be_decoded", "attended"}  # methods of a class D2Cache
 JUDGES = {  # the files that hold the laws
     "solution": ("test_equations.py", "test_course.py"),
     "policy": ("test_decoding.py", "test_graphs.py"),
@@ -94,7 +94,7 @@ def parts_of(theirs):
 def replacements(theirs, names):
     """What takes the place of ours: {name in a module: function, or D2Cache with their stages}."""
     parts = {name: part for name, part in parts_of(theirs).items() if name in names}
-    stages = {name: parts.pop(name) for name in STAGES if name in parts}
+    stages = {name: parts.pop(name) for name in STAGES & parts.keys()}
     if stages:
         bases = (theirs.D2Cache, d2cache.D2Cache)  # what theirs lacks is ours
         parts["D2Cache"] = type("D2Cache", bases, stages)
@@ -202,7 +202,7 @@ def judged(item):
             part, _ = item.config.stash[LAWS][item.originalname]
             theirs = load(file)
             vars(item.module).update(replacements(theirs, [part]))
-            for name in vars(theirs).keys() & POINTS.keys():
+            for name in POINTS.keys() & vars(theirs).keys() - STAGES:
                 setattr(theirs, name, getattr(d2cache, name))  # whatever it calls is ours
             item.obj()
     return printed.getvalue().strip()
