@@ -35,8 +35,8 @@ from huggingface_hub.utils import tqdm
 
 ROOT = Path(__file__).resolve().parent
 GRADER = ROOT / "tests" / "scoring" / "scores.py"  # of --data
-# A world is a folder: a checkpoint, problems.jsonl, and problems.py with is_right(question, text)
-# and the RESPONSE_LENGTH that the model is trained for.
+# A world is a folder: a checkpoint, problems.jsonl, and problems.py with is_right(question, text),
+# draw_problems(seed) and the RESPONSE_LENGTH that the model is trained for.
 WORLDS = {"tiny": EMBEDDED_MODEL}
 THRESHOLD = 0.9  # of the rows that commit several tokens in a step
 
@@ -69,10 +69,10 @@ CPU_RACE = Race(
 
 # ---- Tables --------------------------------------------------------------------------------------
 
-SHARES = ("exact match", "pass@1", "strict", "same text", "reused")  # printed in %
+SHARES = ("exact match", "pass@1", "strict", "same text", "reused", "same x reused")  # in %
 EXPLAINED = {  # a line under the title of a table
     "quality": "only it, only exact: problems that this row alone solves, or exact decoding "
-    "(vanilla) in the same order; same text: as that",
+    "(vanilla) in the same order; same text: as that; same x reused: to rank policies by",
     "speed": f"medians of the runs, of vanilla's first {VANILLA_STEPS} steps; floor: reading all "
     "weights, or above `ridge rows` the arithmetic; at best: the speed-up of a step at its floor",
     "curve": f"ms per step, from the first steps of a decode: {VANILLA_STEPS} of vanilla, "
@@ -335,12 +335,14 @@ def quality_row(row, outcome, exact, score, gen_length):
     Both decoded the same problems, so they are compared problem by problem.
     """
     n = len(outcome.right)
-    only_it = only_exact = same = None
+    reused = 1 - statistics.mean(outcome.shares)
+    only_it = only_exact = same = rank = None
     if exact is not None:
         pairs = list(zip(outcome.right, exact.right))
         only_it = pairs.count((True, False))
         only_exact = pairs.count((False, True))
         same = sum(map(str.__eq__, outcome.texts, exact.texts)) / n
+        rank = same * reused
     return {
         "policy": row.policy,
         "order": row.order,
@@ -351,7 +353,8 @@ def quality_row(row, outcome, exact, score, gen_length):
         "only exact": only_exact,
         "same text": same,
         "tokens per forward": gen_length / statistics.mean(outcome.forwards),
-        "reused": 1 - statistics.mean(outcome.shares),
+        "reused": reused,
+        "same x reused": rank,
     }
 
 
@@ -736,6 +739,7 @@ def make_parser():
     add = parser.add_argument_group("quality").add_argument
     add("--data", help="JSON lines to score, as GSM8K or MBPP has them")
     add("--problems", type=int, default=32, help="how many of them (32)")
+    add("--fresh", type=int, help="of the worlds: problems drawn anew with this seed")
     add("--shots", type=int, default=0, help="so many pairs before them are worked examples (0)")
     add("--run-code", action="store_true", help="MBPP: EXECUTE HERE what the model wrote")
     add("--temperature", type=float, default=0.0, help="draw tokens (0: take the likeliest)")
@@ -757,12 +761,14 @@ def make_parser():
 def check(args):
     """ValueError, in a line, for arguments that cannot be meant; before any work."""
     least = {"problems": 1, "prompt_length": 1, "block_length": 1, "batch": 1, "gen_length": 2}
-    for flag, lowest in (least | {"shots": 0, "seed": 0, "temperature": 0}).items():
+    for flag, lowest in (least | {"shots": 0, "seed": 0, "fresh": 0, "temperature": 0}).items():
         value = getattr(args, flag)
         fault = f"--{flag.replace('_', '-')} is {value}, should be at least {lowest}"
         require(value is None or lowest <= value < math.inf, fault)
     require(args.seed < 2**63, f"--seed is {args.seed}, should be below 2^63")
 
+    fault = "--fresh is of the worlds' own problems, --data and --model have none"
+    require(args.fresh is None or not (args.data or args.model), fault)
     needs = {"revision": "model", "prompt": "model", "shots": "data", "run_code": "data"}
     for flag, other in needs.items():
         fault = f"--{flag.replace('_', '-')} needs --{other}"
@@ -800,19 +806,26 @@ def read_data(args):
     return {"problems": problems, "is_right": grader.is_right, "score": score}
 
 
-def read_world(folder, n):
-    """The first n problems of a world, who judges them, and its gen_length, as fields of a Task."""
+def read_world(folder, n, fresh=None):
+    """n problems of a world, who judges them, and its gen_length, as fields of a Task.
+
+    Those of its file; or, so that nobody tunes to them, `fresh` ones of that seed.
+    """
     module = load_module(folder / "problems.py")
 
     def is_right(problem, text):
         right = module.is_right(problem.question, text)
         return right, right  # there is no stricter score
 
+    if fresh is None:
+        lines = (folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+        pairs = [json.loads(line).values() for line in lines]
+    else:
+        pairs = module.draw_problems(fresh)
     problems = []
-    file = folder / "problems.jsonl"
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()[:n], 1):
-        question, answer = json.loads(line).values()
-        problems.append(Problem(f"{file}, line {number}", question, question, answer))
+    for number, (question, answer) in enumerate(pairs[:n], 1):
+        where = f"{folder.name}, problem {number}"
+        problems.append(Problem(where, question, question, answer))
     return {"gen_length": module.RESPONSE_LENGTH, "problems": problems, "is_right": is_right}
 
 
@@ -834,7 +847,7 @@ def tasks(args):
         yield Task(args.model, model, tokenizer, args.gen_length or 256, **data)
         return
     for name, folder in WORLDS.items():
-        fields = read_world(folder, args.problems) | data
+        fields = read_world(folder, args.problems, args.fresh) | data
         model, tokenizer = load_model(args, folder)
         yield Task(name, model, tokenizer, **fields)
         if args.data:

@@ -24,7 +24,7 @@ def chosen_in_each_step(policy, gen_length, block_length):
 
 
 def state(decoded_at, recomputed_at=None, confidence=None, influence=None):
-    """After step 5: two tokens of prompt, then decoded in these steps; 0 is masked, all one block."""
+    """After step 5: a prompt of two, then a block decoded in these steps; 0 is masked."""
     decoded_at = torch.tensor([[0, 0, *decoded_at]])
     response = torch.arange(decoded_at.shape[1])[None] >= 2
     ones = torch.ones(decoded_at.shape)

@@ -9,7 +9,7 @@ class WindowDiffusion:
 
     The defaults are those of the authors' LLaDA script. Theirs also hides the masked positions
     beyond a second, wider window from attention; here all positions are attended to. As in
-    their code, what a step that recomputes everything decodes is recomputed once, not until the next.
+    their code, what a step that recomputes everything decodes is recomputed only once.
     """
 
     n: int = 32

@@ -193,6 +193,16 @@ def test_the_controls_replace_one_stage_and_keep_the_other(half):
     assert torch.equal(without.choose(half), first | half.fresh)
 
 
+def test_fresh_problems_are_those_of_their_seed_and_can_be_judged():
+    def answers(**seed):
+        world = bench.read_world(EMBEDDED_MODEL, 3, **seed)
+        assert all(all(world["is_right"](p, p.answer)) for p in world["problems"])
+        return [problem.answer for problem in world["problems"]]
+
+    assert answers(fresh=7) == answers(fresh=7) != answers(fresh=8)
+    assert answers(fresh=2) == answers()  # the seed of the file
+
+
 def test_the_quality_table_is_what_decoding_each_problem_alone_gives(embedded_run):
     """In batches of two: padding and company change nothing."""
     text, numbers = embedded_run

@@ -172,6 +172,11 @@ def grouped_problems(rng, n, group):
     return grouped[:n]
 
 
+def draw_problems(seed):
+    """The held-out problems of a seed: (question, answer)."""
+    return grouped_problems(random.Random(seed), TEST_PROBLEMS, TEST_GROUP)
+
+
 def main():
     """Write the held-out problems; with a seed and a file as arguments, fresh ones."""
     seed = TEST_SEED
@@ -179,8 +184,7 @@ def main():
     if len(sys.argv) == 3:
         seed = int(sys.argv[1])
         path = Path(sys.argv[2])
-    problems = grouped_problems(random.Random(seed), TEST_PROBLEMS, TEST_GROUP)
-    lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in problems]
+    lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in draw_problems(seed)]
     path.write_text("".join(lines), encoding="utf-8")
 
 
