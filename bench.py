@@ -738,7 +738,7 @@ def make_parser():
 
     add = parser.add_argument_group("quality").add_argument
     add("--data", help="JSON lines to score, as GSM8K or MBPP has them")
-    add("--problems", type=int, default=32, help="how many of them (32)")
+    add("--problems", type=int, default=24, help="how many of them (24)")
     add("--fresh", type=int, help="of the worlds: problems drawn anew with this seed")
     add("--shots", type=int, default=0, help="so many pairs before them are worked examples (0)")
     add("--run-code", action="store_true", help="MBPP: EXECUTE HERE what the model wrote")

@@ -18,7 +18,6 @@ from d2cache import (
     decode,
     generate,
     paper_sigma,
-    unmask,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -205,18 +204,6 @@ def test_prompts_are_left_alone_and_mask_is_never_predicted(name, spec, data):
     P = drawn.prompt_length
     assert torch.equal(tokens[:, :P], arguments["prompt"])
     assert not (tokens[:, P:] == mask).any()
-
-
-def test_a_confidence_equal_to_the_threshold_reaches_it():
-    """As in Fast-dLLM. It once had to exceed it, so that a threshold of 1 committed nothing more."""
-    confidence = torch.tensor([[0.0, 1.0, 1.0, 0.5, 0.25, 1.0]])
-    known = confidence == 0
-    block = torch.tensor([[False, True, True, True, True, False]])
-    none = torch.zeros(1, 6, dtype=torch.long)
-    state = State(none, known, none, none, confidence, confidence, confidence, block, step=1)
-    for threshold, n in ((1.0, 2), (0.6, 2), (0.5, 3), (0.3, 3), (0.25, 4), (0.0, 4)):
-        commit = unmask(state, ~known, confidence, False, 1, threshold)
-        assert commit.tolist() == [[0 < i <= n for i in range(6)]]
 
 
 def test_tokens_are_drawn_with_the_generator_at_the_temperature():
