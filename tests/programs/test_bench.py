@@ -14,15 +14,24 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import bench
 import pytest
 import torch
-from bench import CPU_SHAPE, LLADA_8B_SHAPE, Outcome, Row, Timing
-from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, DualCache, RecomputeAll, SlidingWindow
-from d2cache import decode, generate, paper_settings
-from model import Transformer, decode_response, encode_prompt, load_tokenizer
-
 from strategies import ModelSpec
+
+import bench
+from bench import CPU_SHAPE, LLADA_8B_SHAPE, Outcome, Row, Timing
+from d2cache import (
+    EMBEDDED_MODEL,
+    EXAMPLE,
+    D2Cache,
+    DualCache,
+    RecomputeAll,
+    SlidingWindow,
+    decode,
+    generate,
+    paper_settings,
+)
+from model import Transformer, decode_response, encode_prompt, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SPEC = ModelSpec(2, 2, 1, 2, vocab_size=12, seed=0)
@@ -528,7 +537,8 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly_and_the_file_is_whole(tmp
 
 def test_an_interrupt_is_one_line_and_exit_code_130():
     """Once its first answer is there, in the middle of a table."""
-    running = process("--device", "cpu", stdout=subprocess.PIPE)
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored in a background
+    running = process("--device", "cpu", stdout=subprocess.PIPE, preexec_fn=heeds)
     assert running.stdout.readline().startswith("prompt ")
     running.send_signal(signal.SIGINT)
     _, error = running.communicate(timeout=100)

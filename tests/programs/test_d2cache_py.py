@@ -11,9 +11,13 @@ from ast import literal_eval
 from functools import cache
 from pathlib import Path
 
-import d2cache
+import oracle
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import d2cache
 from d2cache import (
     COLOURS,
     EMBEDDED_MODEL,
@@ -28,11 +32,7 @@ from d2cache import (
     places,
     roles,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 from model import DTYPES, Transformer, decode_response, encode_prompt, load_tokenizer
-
-import oracle
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, str(ROOT / "d2cache.py")]
@@ -313,6 +313,7 @@ def test_an_interrupt_is_one_line_and_exit_code_130():
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a background
     )
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
