@@ -9,7 +9,7 @@ import torch
 from model import Config, Transformer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from tiny.train import save_tensors
+from training import save_tensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 PREFIX = "model.transformer."
