@@ -84,6 +84,36 @@ def initialise(model):
             block.ff_out.weight /= depth
 
 
+def look_back(model, distances, strength=5.0, pairs=5):
+    """Let heads of the first layer start out looking so many tokens back; below 0, ahead.
+
+    All embeddings get a direction in common. From it every query gets the same q, and every key
+    the k that RoPE, over that distance, turns into q; in the `pairs` channel pairs that turn most.
+    """
+    C = model.config.d_model
+    D = model.config.head_dim
+    common = torch.randn(C)
+    common /= common.norm()
+    angles = 1.0 / model.config.rope_theta ** (torch.arange(0, 2 * pairs, 2) / D)
+    first = torch.arange(pairs)
+    second = first + D // 2
+    layer = model.blocks[0]
+    with torch.no_grad():
+        model.wte.weight += 0.6 * model.wte.weight.norm(dim=1, keepdim=True) * common
+        size = 0.51 * math.sqrt(C)  # of the common part behind the norm
+        for head, distance in enumerate(distances):
+            q = torch.zeros(D)
+            k = torch.zeros(D)
+            q[first] = strength
+            k[first] = strength * torch.cos(distance * angles)
+            k[second] = strength * torch.sin(distance * angles)
+            rows = slice(head * D, (head + 1) * D)
+            layer.q_proj.weight[rows] = torch.outer(q, common) / size
+            layer.k_proj.weight[rows] = torch.outer(k, common) / size
+            passed_on = nn.init.orthogonal_(torch.empty(C, D))
+            layer.attn_out.weight[:, rows] = 0.15 * passed_on
+
+
 class Problems:
     """Batches of problems with prompts of equal length; keeps the unfinished batches.
 
