@@ -18,9 +18,11 @@ import os
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from model import KVCache, Transformer, decode_response, encode_prompt, load_tokenizer, require
+from model import DTYPES, KVCache, Transformer, decode_response, encode_prompt, load_tokenizer
+from model import require
 
 import torch  # after model, which keeps its import quiet
 import torch.nn.functional as F
@@ -31,15 +33,18 @@ import torch.nn.functional as F
 def certainty_density(known, sigma, dtype=torch.float32):
     """Share of known positions around each one, in a Gaussian window of sigma positions.  Eq. 3.
 
-    D(i) = sum over known j of exp(-(i - j)^2 / (2 sigma^2)), divided by the window's mass over all
-    distances that a canvas of T has, -(T - 1) to T - 1: a constant, so it changes no ranking. As in
-    the paper j is any position of the canvas (in the authors' code, of the response).
-    (B, T) bool -> (B, T) in [0, 1]
+    D(i) = sum over known j of exp(-(i - j)^2 / (2 sigma^2)), divided by the window's sum over all
+    distances from -(T - 1) to T - 1. That is a constant: it makes a share of the sum, and changes
+    no ranking. As in the paper j is any position of the canvas (in the authors' code, of the
+    response).  (B, T) bool -> (B, T) in [0, 1]
+
+    For known 1 1 0 0 and sigma 1 the window is 1 at distance 0, then .607, .135 and .011 on either
+    side, 2.506 in all. The third position has (.607 + .135) / 2.506 = .30, all four .64 .64 .30 .06
     """
     T = known.shape[1]
     reach = math.ceil(min(T - 1, 40 * sigma))  # further away the Gaussian is 0, even in float64
     distance = torch.arange(-reach, reach + 1, device=known.device, dtype=dtype)
-    window = torch.exp(-((distance / sigma) ** 2) / 2)
+    window = torch.exp(-0.5 * (distance / sigma) ** 2)
 
     padded = F.pad(known.to(dtype), (reach, reach))
     around = padded.unfold(1, len(window), 1)  # (B, T + 2 reach) -> (B, T, 2 reach + 1)
@@ -55,29 +60,34 @@ def attention_rollout(maps, positions, valid):
     """Influence of each position on the last layer's output: column sums of W_L ... W_1.  Eq. 6-9.
 
     W_l = rownormalise(A_l + I). Row i of A_l is the attention of position i, if it was recomputed;
-    if not, row i of W_l is that of the identity. The paper multiplies these T x T matrices. Their
-    column sums are all it needs, though: the row vector 1 W_L ... W_1. So start with v = 1 and
-    multiply from the left, v <- v W_l, from the last layer to the first. There position i hands v_i
-    on along row i of W_l: one half stays, by I, the other half goes where it attends, by A_l. A
-    position that was not recomputed keeps all of it.
-    maps (L, B, Q, T); positions (B, Q), repeats where not valid.  -> (B, T), rows sum to T
+    as that sums to 1, row i of W_l is half of it and half of the identity's. If not recomputed, row
+    i of W_l is that of the identity. The paper multiplies these T x T matrices. Their column sums
+    are all it needs, though: the row vector 1 W_L ... W_1. So start with v = 1 and multiply from
+    the left, v <- v W_l, from the last layer to the first. There a recomputed position i keeps half
+    of v_i and hands the other half to where it attends. Any other position keeps all of it.
+
+    Three positions, the first and the last recomputed. Last layer's rows of A: (.5 .5 0) and
+    (.25 .25 .5), first layer's: (.5 .25 .25) and (0 .5 .5). v is (1 1 1), then (.875 1.375 .75),
+    then (.656 1.672 .672).
+
+    maps (L, B, Q, T), or a list of L; positions (B, Q), repeats where not valid (B, Q) bool
+    -> (B, T), rows sum to T
     """
-    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-    influence = maps.new_ones(maps.shape[1], maps.shape[3])  # v
-    for attention in reversed(maps.unbind()):  # the recomputed rows of A_l, (B, Q, T)
-        held = influence.gather(1, positions) * valid  # (B, T) -> (B, Q)
-        half = held / (1 + attention.sum(dim=2))  # a row of A_l sums to 1, but for round-off
+    influence = torch.ones_like(maps[0][:, 0])  # v, (B, T)
+    handed_on = 0.5 * valid  # (B, Q), the share that a recomputed position gives away
+    for attention in reversed(maps):  # the recomputed rows of A_l, (B, Q, T)
+        half = influence.gather(1, positions) * handed_on  # (B, T) -> (B, Q)
         received = (half[:, None] @ attention)[:, 0]  # (B, Q) -> (B, T)
-        influence = influence.scatter_add(1, positions, half - held)  # the other half leaves
-        influence = influence + received
+        influence = influence.scatter_add(1, positions, -half) + received
     return influence
 
 
 def nucleus(score, p, among):
     """The smallest set of positions `among` whose share of their summed score exceeds p.
 
-    p = 0 is the one highest score, p = 1 all of `among`. As in the paper: the position that crosses
-    p is in (the authors' code leaves it out).  score (B, T) >= 0, among (B, T) bool -> (B, T) bool
+    Scores .5 .3 .2 and p .6: the first two. p = 0 is the one highest score, p = 1 all of `among`.
+    As in the paper: the position that crosses p is in (the authors' code leaves it out).
+    score (B, T) >= 0, among (B, T) bool -> (B, T) bool
     """
     if p == 1:  # not left to sums: round-off would lose the tail
         return among
@@ -92,14 +102,17 @@ def nucleus(score, p, among):
 
 
 def highest(score, among, n):
-    """Of the positions `among`, the n of highest score; of equal ones the first.  n int or (B, 1)
+    """Of the positions `among`, the n of highest score; of equal ones the first.
 
-    score (B, T), finite; among (B, T) bool -> (B, T) bool
+    Scores .2 .9 .5 and n 2: the second and the third.
+    score (B, T), finite; among (B, T) bool; n an integer, or one for each sequence, (B, 1)
+    -> (B, T) bool
     """
-    score = score.masked_fill(~among, -torch.inf)
-    order = score.argsort(dim=1, descending=True, stable=True)  # rank -> position
-    rank = order.argsort(dim=1)  # the inverse: position -> rank, 0 for the highest
-    return among & (rank < n)
+    score = score.masked_fill(~among, -torch.inf)  # the others rank last
+    order = score.argsort(dim=1, descending=True, stable=True)
+    inside = torch.arange(score.shape[1], device=score.device) < n  # ranks, the highest is 0
+    inside = inside.expand_as(among)
+    return torch.zeros_like(among).scatter(1, order, inside) & among  # from ranks to positions
 
 
 # ---- State and policies --------------------------------------------------------------------------
@@ -109,19 +122,29 @@ def highest(score, among, n):
 class State:
     """The canvas between two steps: all that a policy may look at. Tensors are (B, T).
 
-    `fresh`, `chosen` and `influence` are about the last step, the one that made this state; `block`
-    is about the next one.
+    Steps count from 1. `density` and `block` are about the next step, the others about those done.
     """
 
     tokens: torch.Tensor  # [MASK] where masked, and wherever the prompt holds one
     known: torch.Tensor  # prompt or decoded, whatever the token is
-    fresh: torch.Tensor  # decoded in the last step: the cached key and value still say [MASK]
+    decoded_at: torch.Tensor  # the step that decoded it; 0: none, as of the prompt
+    recomputed_at: torch.Tensor  # the last step that recomputed it; 0: none
     confidence: torch.Tensor  # of the token predicted last; decoded positions keep theirs. Eq. 1
     influence: torch.Tensor  # attention rollout of the last step, if the policy uses it
+    density: torch.Tensor  # certainty density around it. Eq. 3
     block: torch.Tensor  # being decoded: the first with a masked position; nothing if finished
     step: int  # steps done
     padding: torch.Tensor | None = None  # before short prompts: neither known nor masked
-    chosen: torch.Tensor | None = None  # recomputed in the last step; None before the first
+
+    @property
+    def fresh(self):
+        """Decoded in the last step: the cached key and value still say [MASK].  (B, T) bool"""
+        return self.decoded_at == self.step
+
+    @property
+    def chosen(self):
+        """Recomputed in the last step.  (B, T) bool"""
+        return self.recomputed_at == self.step
 
     @property
     def masked(self):
@@ -132,15 +155,31 @@ class State:
 
     @property
     def block_starts(self):
-        """Sequences with no token of their block decoded yet; finished ones too.  (B, 1) bool"""
+        """Sequences with no token of their block decoded yet, and finished ones.  (B, 1) bool"""
         return ~(self.block & self.known).any(dim=1, keepdim=True)
 
 
-# A policy has two things: `choose`, from a State to the positions to recompute, (B, T) bool, and
-# `uses_attention`, whether it looks at state.influence. In every sequence that is not finished it
-# must choose a masked position of the block. The first step recomputes everything without asking.
-# What is chosen in padding, or in a finished sequence, is ignored. It may have a `recompute` of its
-# own, which takes the place of the function below.
+class Policy:
+    """What a policy has. This class is here to be read: nobody inherits from it.
+
+    The first step recomputes everything without asking. A policy is asked before every other step,
+    and once more when everything is decoded; that answer is ignored, as is what it chooses in
+    padding or in a finished sequence. Its answer hangs on the state alone.
+    """
+
+    uses_attention = False  # whether it looks at state.influence, which takes time
+
+    def choose(self, state):
+        """The positions to recompute, (B, T) bool, on the state's device.
+
+        In every sequence that is not finished at least one is masked and in the block. The state
+        is the policy's own copy.
+        """
+
+    # And what it may have: a forward pass of its own, in the place and with the arguments of the
+    # function `recompute` below, and after it `recomputed`, a list with the share of the layers in
+    # which each pass recomputed each position, (B, T), to be counted in place of state.chosen.
+    #     def recompute(self, model, cache, state, positions, valid, R)
 
 
 @dataclass(frozen=True)
@@ -178,14 +217,15 @@ class DualCache:
 class DelayedCache:
     """dKV-Cache-Decode, arXiv 2505.15781: every masked position, and the fresh ones.
 
-    Everything in a block's first two steps, and whenever `interval` more of its tokens are decoded.
+    Everything in a block's first two steps, and whenever `interval` more of its tokens are decoded:
+    with interval 3 and a token a step, in steps 1, 2, 4, 7, 10 and so on of the block.
     """
 
     interval: int = 8
     uses_attention = False
 
     def __post_init__(self):
-        require(self.interval >= 1, f"{self} should have interval >= 1")
+        check_whole("interval", self.interval)
 
     def choose(self, state):
         decoded = (state.block & state.known).sum(dim=1, keepdim=True)
@@ -197,13 +237,13 @@ class DelayedCache:
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """The plainest control, ours: the block's first `width` masked positions, and the fresh ones."""
+    """The plainest control, ours: the block's first `width` masked positions and the fresh ones."""
 
     width: int = 4
     uses_attention = False
 
     def __post_init__(self):
-        require(self.width >= 1, f"{self} should have width >= 1")
+        check_whole("width", self.width)
 
     def choose(self, state):
         to_decode = state.block & state.masked
@@ -213,23 +253,33 @@ class SlidingWindow:
 
 @dataclass(frozen=True)
 class D2Cache:
-    """The paper's policy: k masked positions, a nucleus p of the known ones, and the fresh ones."""
+    """The paper's policy: k masked positions, a nucleus p of the known ones, and the fresh ones.
+
+    sigma: of the certainty density in stage 1; None: the one that the decode has anyway.
+    """
 
     k: int = 32
     p: float = 0.1
-    sigma: float = 10.0
+    sigma: float | None = None
     uses_attention = True
 
     def __post_init__(self):
-        valid = self.k >= 1 and 0 <= self.p <= 1 and self.sigma > 0
-        require(valid, f"{self} should have k >= 1, 0 <= p <= 1 and sigma > 0")
+        check_whole("k", self.k)
+        require(0 <= self.p <= 1, f"p is {self.p}, should be from 0 to 1")
+        if self.sigma is not None:
+            check_sigma(self.sigma)
 
     def choose(self, state):
         return self.about_to_be_decoded(state) | self.attended(state) | state.fresh
 
     def about_to_be_decoded(self, state):
-        """Stage 1, Eq. 4: the k masked positions of highest prior, those of the block first."""
-        prior = certainty_prior(state.confidence, state.known, self.sigma)
+        """Stage 1, Eq. 4: the k masked positions of highest certainty prior.
+
+        Those of the block come first; if there are fewer than k, the best elsewhere fill up.
+        """
+        prior = state.confidence * state.density
+        if self.sigma is not None:
+            prior = certainty_prior(state.confidence, state.known, self.sigma)
         inside = highest(prior, state.masked & state.block, self.k)
         remaining = self.k - inside.sum(dim=1, keepdim=True)
         return inside | highest(prior, state.masked & ~state.block, remaining)
@@ -246,141 +296,111 @@ def choose_positions(policy, state, shifted):
     """The positions recomputed in this step, and those of them predicted.  2 x (B, T) bool
 
     Predicted are the masked ones that the policy chose. With `shifted` logits, Dream's, the row
-    before each of them is recomputed too: it makes the prediction.
+    before each of them is recomputed too, as it makes the prediction: 5 predicted, 4 recomputed.
     """
     if state.step == 0:
         chosen = torch.ones_like(state.known)
     else:
-        chosen = policy.choose(state)
-    check_choice(policy, chosen, state)
+        chosen = policy.choose(copy_of(state))
+        check_choice(policy, chosen, state)
 
     unfinished = state.block.any(dim=1, keepdim=True)
-    chosen = chosen & unfinished & (state.known | state.masked)
+    chosen = chosen & unfinished
+    if state.padding is not None:
+        chosen = chosen & ~state.padding
     predicted = chosen & state.masked
     if shifted:
         chosen = chosen | F.pad(predicted[:, 1:], (0, 1))
     return chosen, predicted
 
 
-def check_choice(policy, chosen, state):
-    """ValueError unless what a policy chose is a mask of the canvas."""
-    shape = tuple(state.known.shape)
-    said = f"step {state.step + 1}: policy {type(policy).__name__} chose a {type(chosen).__name__}"
-    require(torch.is_tensor(chosen), f"{said}, should be a {shape} tensor of booleans")
-    said = f"{said} {tuple(chosen.shape)} {chosen.dtype}, should be {shape} torch.bool"
-    require(chosen.dtype == torch.bool and chosen.shape == shape, said)
-
-
-def count_and_check(policy, state, chosen, predicted):
-    """Q and R: the most positions that any sequence recomputes, and predicts, in this step.
-
-    The one transfer from device to host in a step. So it also tells whether the logits that made
-    `state` were finite, and whether the policy keeps its contract. ValueError if not.
-    """
-    candidate = (predicted & state.block).any(dim=1)
-    finished = ~state.block.any(dim=1)
-    numbers = [
-        chosen.sum(dim=1).max(),
-        predicted.sum(dim=1).max(),
-        ~state.confidence.isnan().any(),  # NaN marks logits that were not finite: see `predict`
-        (candidate | finished).all(),
-    ]
-    Q, R, finite, lawful = torch.stack(numbers).tolist()
-
-    said = "NaN or infinite weights, or numbers too large for their dtype"
-    require(finite, f"the logits of step {state.step} are not finite: {said}")
-    said = f"policy {type(policy).__name__} chose no masked position of an unfinished block"
-    require(lawful, f"{said} in step {state.step + 1}")
-    return Q, R
-
-
 def pack(chosen, predicted, Q):
-    """Chosen positions in Q rows for each sequence, the predicted ones first: R rows get logits.
+    """Chosen positions in Q rows for each sequence, the predicted ones first, in ascending order.
 
-    A sequence with fewer than Q repeats its first position in the rows that are left, which are not
-    valid: to compute a position twice gives the same keys and values. A finished sequence repeats
-    position 0.  2 x (B, T) bool -> positions (B, Q), valid (B, Q) bool
+    Chosen {1, 4, 6} and predicted {4, 6}: rows 4 6 1, of which the first two get logits. With
+    Q = 5 the first is repeated, 4 6 1 4 4, in rows that are not valid: to compute a position twice
+    gives the same keys and values. A finished sequence repeats position 0.
+    2 x (B, T) bool -> positions (B, Q), valid (B, Q) bool
     """
-    priority = chosen.int() + predicted.int()  # predicted 2, only recomputed 1
+    priority = chosen.int() + predicted  # predicted 2, only recomputed 1
     order = priority.argsort(dim=1, descending=True, stable=True)[:, :Q]
     valid = chosen.gather(1, order)
     return order.where(valid, order[:, :1]), valid
 
 
 def unpack(packed, predicted):
-    """What `pack` put into the first R rows, back at the predicted positions.  (B, R) -> (B, T)
+    """What stands in the first R rows of `pack`, back at its positions.  (B, R) -> (B, T)
 
-    At other positions the values mean nothing.
+    Predicted {4, 6} and packed (a b): a at 4, b at 6. At other positions the values mean nothing.
     """
-    row = (predicted.cumsum(dim=1) - 1).clamp(min=0)
+    row = (predicted.cumsum(dim=1) - 1).clamp(min=0)  # the n-th predicted position is in row n
     return packed.gather(1, row)
 
 
-def rows_before(hidden, positions, valid, R, T):
+def recompute(policy, model, cache, state, positions, valid, R):
+    """One forward pass over positions (B, Q), of which the first R are predicted.
+
+    -> logits (B, R, V'), and the influence (B, T), or None unless the policy uses attention
+    """
+    hidden, maps = model.hidden_states(
+        state.tokens, positions, cache, policy.uses_attention, state.padding
+    )
+    predicting = hidden[:, :R]
+    if model.config.shifted:
+        predicting = rows_before(hidden, positions, R, state.tokens.shape[1])
+    influence = attention_rollout(maps, positions, valid) if policy.uses_attention else None
+    return model.head(predicting), influence
+
+
+def rows_before(hidden, positions, R, T):
     """Dream: the hidden states that predict the first R positions.  (B, Q, C) -> (B, R, C)
 
     They stand in the row of position - 1; position 0 is predicted by its own.
     """
     B, Q, C = hidden.shape
-    row = torch.arange(Q, device=hidden.device).expand(B, Q)
-    row = row.where(valid, 0)  # a repeat is a copy of row 0
-    row_of = torch.zeros(B, T, dtype=row.dtype, device=row.device)  # position -> row
-    row_of = row_of.scatter(1, positions, row)
-
-    before = (positions[:, :R] - 1).clamp(min=0)
-    wanted = row_of.gather(1, before)  # (B, R)
-    return hidden.gather(1, wanted[:, :, None].expand(B, R, C))
-
-
-def recompute(model, cache, R, uses_attention, tokens, positions, valid, padding):
-    """One forward pass over positions (B, Q), of which the first R are predicted.
-
-    -> logits (B, R, V), and the influence (B, T), or None unless the policy uses attention
-    """
-    hidden, maps = model.hidden_states(tokens, positions, cache, uses_attention, padding)
-    if model.config.shifted:
-        logits = model.head(rows_before(hidden, positions, valid, R, tokens.shape[1]))
-    else:
-        logits = model.head(hidden[:, :R])
-
-    influence = attention_rollout(maps, positions, valid) if uses_attention else None
-    return logits, influence
+    sequences = torch.arange(B, device=hidden.device)[:, None]
+    canvas = hidden.new_zeros(B, T, C)
+    canvas[sequences, positions] = hidden
+    return canvas[sequences, (positions[:, :R] - 1).clamp(min=0)]
 
 
 def predict(logits, config, temperature=0.0, generator=None):
-    """Probability (Eq. 1) and id of each row's token.  (B, R, V) -> 2 x (B, R)
+    """Probability (Eq. 1) and id of each row's token.  (B, R, V') -> 2 x (B, R)
 
-    The likeliest token, or one drawn from softmax(logits / temperature). [MASK] and ids without a
-    token are never predicted, but keep their share of probability. The probability is that of
-    temperature 1; NaN if the logits of the row are not all finite.
+    [MASK] and ids without a token are never predicted, but keep their share of probability. Above
+    temperature 0 tokens are drawn; the probability is that of temperature 1 all the same.
     """
     score = logits
-    if temperature > 0:  # Gumbel: the arg-max of logits - temperature log(-log u) is such a draw
-        exact = torch.float64  # as LLaDA does
-        if logits.device.type == "mps":
-            exact = torch.float32  # has no float64
-        noise = torch.empty_like(logits, dtype=exact).uniform_(generator=generator)
-        score = logits - temperature * torch.log(-torch.log(noise))
-
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    excluded = (ids == config.mask_token_id) | (ids >= config.vocab_size)
-    token = score.masked_fill(excluded, -torch.inf).argmax(dim=-1)
+    if temperature > 0:
+        score = with_noise(logits, temperature, generator)
+    score = score.clone()
+    score[..., config.mask_token_id] = -torch.inf
+    score[..., config.vocab_size :] = -torch.inf
+    token = score.argmax(dim=-1)
 
     wide = torch.promote_types(logits.dtype, torch.float32)
     probability = torch.softmax(logits, dim=-1, dtype=wide)
-    confidence = probability.gather(-1, token[..., None])[..., 0]
-    return confidence.where(logits.isfinite().all(dim=-1), torch.nan), token
+    return probability.gather(-1, token[..., None])[..., 0], token
 
 
-def unmask(state, predicted, confidence, sigma, tokens_per_step, threshold):
+def with_noise(logits, temperature, generator):
+    """Scores whose arg-max is a draw from softmax(logits / temperature): Gumbel's, as LLaDA's."""
+    exact = torch.float64
+    if logits.device.type == "mps":
+        exact = torch.float32  # has no float64
+    noise = torch.empty_like(logits, dtype=exact).uniform_(generator=generator)
+    return logits - temperature * torch.log(-torch.log(noise))
+
+
+def unmask(state, predicted, confidence, by_prior, tokens_per_step, threshold):
     """Which predicted positions of the block to commit.  -> (B, T) bool
 
-    The tokens_per_step of highest confidence, or of highest certainty prior if there is a sigma;
-    and all whose confidence reaches the threshold, if there is one.
+    The tokens_per_step of highest certainty prior, or else of highest confidence; and all whose
+    confidence reaches the threshold, if there is one.
     """
     score = confidence
-    if sigma is not None:
-        score = certainty_prior(confidence, state.known, sigma)
+    if by_prior:
+        score = confidence * state.density
     candidates = predicted & state.block
     commit = highest(score, candidates, tokens_per_step)
     if threshold is not None:
@@ -392,6 +412,7 @@ def end_at_eos(state, config, prompt_length):
     """The state, with all that follows the end of a response made EOS, and known.
 
     The end is the first token of config.end_ids, EOS or end of turn, once none before it is masked.
+    Response "a [MASK] EOS [MASK]" stays as it is; "a b EOS [MASK]" becomes "a b EOS EOS".
     """
     ends = torch.zeros_like(state.known)
     for id in config.end_ids:
@@ -404,79 +425,62 @@ def end_at_eos(state, config, prompt_length):
         state,
         tokens=state.tokens.masked_fill(after_end, config.eos_token_id),
         known=state.known | after_end,
-        fresh=state.fresh | (after_end & state.masked),
+        decoded_at=state.decoded_at.masked_fill(after_end & state.masked, state.step),
     )
+
+
+def copy_of(state):
+    """The same state in tensors of its own: who writes into them changes nothing here."""
+    tensors = {name: value for name, value in vars(state).items() if torch.is_tensor(value)}
+    return replace(state, **{name: tensor.clone() for name, tensor in tensors.items()})
+
+
+def check_choice(policy, chosen, state):
+    """ValueError unless what a policy chose is a mask of the canvas, such as `known` is."""
+    found = f"a {type(chosen).__name__}"
+    if torch.is_tensor(chosen):
+        found = kind_of(chosen)
+    wanted = kind_of(state.known)
+    name = type(policy).__name__
+    fault = f"step {state.step + 1}: policy {name} chose {found}, should be {wanted}"
+    require(found == wanted, fault)
+
+
+def kind_of(tensor):
+    """A tensor's shape, dtype and device, for a message."""
+    return f"a tensor {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
 
 
 # ---- The loop ------------------------------------------------------------------------------------
 
 
+def paper_sigma(gen_length):
+    """The paper's 10 positions, for 256 tokens or more; in proportion fewer for a shorter one."""
+    return min(10.0, 10 * gen_length / 256)
+
+
+def order_of(sigma, gen_length, block_length):
+    """Whether to commit by certainty prior; and sigma, which stage 1 of d2Cache needs anyway."""
+    if sigma == "auto":
+        return block_length is None, paper_sigma(gen_length)
+    if sigma is None:
+        return False, paper_sigma(gen_length)
+    return True, sigma
+
+
 def current_block(masked, block_length, prompt_length):
-    """Each sequence's first block of the response with a masked position.  (B, T) -> (B, T) bool"""
+    """Each sequence's first block of the response with a masked position.  (B, T) -> (B, T) bool
+
+    Prompt of 1, blocks of 2, masked 0 00 01 11: the block is 0 00 11 00.
+    """
     blocks = masked[:, prompt_length:].unflatten(1, (-1, block_length))
     unfinished = blocks.any(dim=2)  # (B, blocks)
     first = unfinished & (unfinished.cumsum(dim=1) == 1)  # the count is 1 until the second
     return F.pad(first.repeat_interleave(block_length, dim=1), (prompt_length, 0))
 
 
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-def check_prompt(prompt, prompt_mask, gen_length, config):
-    """ValueError unless prompt and mask fit, and leave room for gen_length tokens."""
-    require(torch.is_tensor(prompt), f"prompt is {type(prompt)}, should be (B, P) integers")
-    shape = tuple(prompt.shape)
-    fits = prompt.dtype in INTEGERS and len(shape) == 2 and shape[0] > 0
-    require(fits, f"prompt is {shape} {prompt.dtype}, should be (B, P) integers")
-
-    ids = prompt.long()
-    valid = (ids >= 0) & (ids < config.vocab_size) | (ids == config.mask_token_id)
-    wrong = ids[~valid].tolist()
-    require(not wrong, f"prompt holds ids {wrong[:5]}, should be 0 to {config.vocab_size - 1}")
-
-    T = config.max_sequence_length
-    room = T - shape[1]
-    require(room >= 1, f"prompt has {shape[1]} tokens, should leave room for more: T is up to {T}")
-    said = f"gen_length is {gen_length} after a prompt of {shape[1]}, should be from 1 to {room}"
-    require(isinstance(gen_length, int) and 1 <= gen_length <= room, said)
-
-    if prompt_mask is not None:
-        require(torch.is_tensor(prompt_mask), f"prompt_mask is {type(prompt_mask)}, no tensor")
-        real = prompt_mask.bool()
-        padded_left = real.shape == prompt.shape and (real[:, 1:] >= real[:, :-1]).all()
-        said = f"prompt_mask {tuple(real.shape)} should be {shape}, in each row zeros (padding),"
-        require(padded_left and real[:, -1:].all(), f"{said} then at least one 1")
-
-
-def check_settings(gen_length, block_length, tokens_per_step, policy, sigma, threshold):
-    """ValueError, with the value and what would be right, for settings of `decode` out of range."""
-    whole = isinstance(block_length, int) and block_length >= 1
-    said = f"block_length is {block_length}, should divide gen_length {gen_length}"
-    require(whole and gen_length % block_length == 0, said)
-
-    whole = isinstance(tokens_per_step, int) and tokens_per_step >= 1
-    require(whole, f"tokens_per_step is {tokens_per_step}, should be at least 1")
-
-    chooses = hasattr(policy, "choose") and hasattr(policy, "uses_attention")
-    said = f"policy is {policy!r}, should be an object like DualCache(), with choose and"
-    require(chooses and not isinstance(policy, type), f"{said} uses_attention")
-
-    require(sigma is None or sigma > 0, f"sigma is {sigma}, should be above 0")
-    in_range = threshold is None or 0 <= threshold <= 1
-    require(in_range, f"threshold is {threshold}, should be from 0 to 1, or None")
-
-
-def check_sampling(temperature, generator, device):
-    """ValueError unless temperature and generator can draw tokens on the device."""
-    require(0 <= temperature < math.inf, f"temperature is {temperature}, should be at least 0")
-    if temperature > 0:
-        said = f"generator is {generator} at temperature {temperature}, should be a torch.Generator"
-        fits = isinstance(generator, torch.Generator) and generator.device.type == device.type
-        require(fits, f"{said} of device {device.type!r}")
-
-
 def blank_canvas(model, prompt, prompt_mask, gen_length):
-    """The state before the first step, on the model's device; its block is still empty."""
+    """The state before the first step, on the model's device; block and density are still empty."""
     weight = model.wte.weight
     prompt = prompt.to(weight.device).long()
     not_padding = torch.ones_like(prompt, dtype=torch.bool)
@@ -490,9 +494,11 @@ def blank_canvas(model, prompt, prompt_mask, gen_length):
     return State(
         tokens=F.pad(prompt, (0, gen_length), value=model.config.mask_token_id),
         known=known,
-        fresh=torch.zeros_like(known),
+        decoded_at=torch.zeros_like(known, dtype=torch.long),
+        recomputed_at=torch.zeros_like(known, dtype=torch.long),
         confidence=zeros,
         influence=torch.ones_like(zeros),
+        density=zeros,
         block=torch.zeros_like(known),
         step=0,
         padding=padding if padding.any() else None,  # without, attention runs faster
@@ -507,44 +513,59 @@ def decode(
     block_length=None,
     tokens_per_step=1,
     policy=RecomputeAll(),
-    sigma=None,
+    sigma="auto",
     prompt_mask=None,
     threshold=None,
     stop_at_eos=False,
     temperature=0.0,
     generator=None,
-    forward=recompute,
+    cache=None,
 ):
     """Decode gen_length tokens after each prompt, (B, P) integers: yields the State of every step.
 
-    A step recomputes the positions that `policy` chooses, and predicts the masked ones of these. Of
-    the predicted positions in each sequence's block it commits the tokens_per_step best ones.
+        until everything is known:
+            the policy chooses positions
+            pack      them into rows
+            recompute these rows, and write their keys and values into the cache
+            predict   a token for each of them that is masked
+            unmask    the best ones: they are committed
+            yield     the state
 
     block_length     positions of a block; blocks are decoded from left to right (None: one block)
-    sigma            best is by certainty prior with this sigma (None: by confidence)
+    sigma            the order. A number: commit by certainty prior, with a density of this sigma.
+                     None: by confidence. "auto": by certainty prior, with the paper's sigma scaled
+                     to gen_length; but if there is a block_length, by confidence
+    tokens_per_step  commit so many tokens of each sequence's block
     threshold        commit every predicted position of this confidence too, as Fast-dLLM does
     prompt_mask      (B, P), 0 where a short prompt is padded on the left; without sampling, each
                      sequence decodes as it does alone
     stop_at_eos      once all before a response's first end token is decoded, all after it is EOS
     temperature      above 0: draw tokens, with `generator`, a torch.Generator for the whole batch
-    forward          in place of `recompute`: bench.py replays CUDA graphs there
+    cache            a KVCache of these B and T to be used, and overwritten (None: a new one)
 
     Raises ValueError for arguments out of range, when the first state is asked for; for a policy
     that breaks its contract; and for logits that are not finite.
     """
-    if block_length is None:
-        block_length = gen_length
     check_prompt(prompt, prompt_mask, gen_length, model.config)
-    check_settings(gen_length, block_length, tokens_per_step, policy, sigma, threshold)
+    check_policy(policy)
+    check_settings(gen_length, block_length, tokens_per_step, sigma, threshold)
     weight = model.wte.weight
     check_sampling(temperature, generator, weight.device)
 
     P = prompt.shape[1]
-    forward = getattr(policy, "recompute", forward)  # a policy's own goes first
+    by_prior, sigma = order_of(sigma, gen_length, block_length)
+    if block_length is None:
+        block_length = gen_length
+    forward = getattr(policy, "recompute", partial(recompute, policy))
     state = blank_canvas(model, prompt, prompt_mask, gen_length)
-    cache = KVCache(model.config, *state.tokens.shape, weight.device, weight.dtype)
+    if cache is None:
+        cache = KVCache(model.config, *state.tokens.shape, weight.device, weight.dtype)
+    else:
+        cache.clear()
     while True:
-        state = replace(state, block=current_block(state.masked, block_length, P))
+        block = current_block(state.masked, block_length, P)
+        density = certainty_density(state.known, sigma, state.confidence.dtype)
+        state = replace(state, block=block, density=density)
         chosen, predicted = choose_positions(policy, state, model.config.shifted)
         Q, R = count_and_check(policy, state, chosen, predicted)
         if state.step > 0:
@@ -553,63 +574,130 @@ def decode(
             return
 
         positions, valid = pack(chosen, predicted, Q)
-        logits, influence = forward(
-            model, cache, R, policy.uses_attention, state.tokens, positions, valid, state.padding
-        )
+        logits, influence = forward(model, cache, state, positions, valid, R)
         if influence is None:
             influence = state.influence
+        else:  # a finished sequence keeps its own
+            influence = influence.where(chosen.any(dim=1, keepdim=True), state.influence)
 
-        confidence, token = predict(logits, model.config, temperature, generator)
-        confidence = unpack(confidence, predicted).where(predicted, state.confidence)
-        commit = unmask(state, predicted, confidence, sigma, tokens_per_step, threshold)
+        probability, token = predict(logits, model.config, temperature, generator)
+        confidence = unpack(probability, predicted).where(predicted, state.confidence)
+        commit = unmask(state, predicted, confidence, by_prior, tokens_per_step, threshold)
+        step = state.step + 1
         state = replace(
             state,
             tokens=unpack(token, predicted).where(commit, state.tokens),
             known=state.known | commit,
-            fresh=commit,
+            decoded_at=state.decoded_at.masked_fill(commit, step),
+            recomputed_at=state.recomputed_at.masked_fill(chosen, step),
             confidence=confidence,
-            influence=influence.where(chosen.any(dim=1, keepdim=True), state.influence),
-            step=state.step + 1,
-            chosen=chosen,
+            influence=influence,
+            step=step,
         )
         if stop_at_eos:
             state = end_at_eos(state, model.config, P)
 
 
-def generate(
-    model,
-    prompt,
-    gen_length,
-    block_length=None,
-    tokens_per_step=1,
-    policy=RecomputeAll(),
-    sigma=None,
-    prompt_mask=None,
-    threshold=None,
-    stop_at_eos=False,
-    temperature=0.0,
-    generator=None,
-):
+def generate(model, prompt, gen_length, **arguments):
     """Prompts and responses when `decode`, which explains the arguments, is done.
 
     prompt (B, P) integers -> (B, P + gen_length) token ids
     """
-    for state in decode(
-        model,
-        prompt,
-        gen_length,
-        block_length,
-        tokens_per_step,
-        policy,
-        sigma,
-        prompt_mask,
-        threshold,
-        stop_at_eos,
-        temperature,
-        generator,
-    ):
+    for state in decode(model, prompt, gen_length, **arguments):
         pass
     return state.tokens
+
+
+def count_and_check(policy, state, chosen, predicted):
+    """Q and R: the most positions that any sequence recomputes, and predicts, in this step.
+
+    The one transfer from device to host in a step, so two checks ride along, with ValueError: that
+    the last step's logits were finite (else its confidence is NaN), and the policy's contract.
+    """
+    finite = ~state.confidence.isnan().any()
+    candidate = (predicted & state.block).any(dim=1)
+    finished = ~state.block.any(dim=1)
+    lawful = (candidate | finished).all()
+    numbers = [chosen.sum(dim=1).max(), predicted.sum(dim=1).max(), finite, lawful]
+    Q, R, finite, lawful = torch.stack(numbers).tolist()
+
+    reason = "NaN or infinite weights, or numbers too large for their dtype"
+    require(finite, f"the logits of step {state.step} are not finite: {reason}")
+    name = f"policy {type(policy).__name__}"
+    fault = f"{name} chose no masked position of an unfinished block in step {state.step + 1}"
+    require(lawful, fault)
+    return Q, R
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_prompt(prompt, prompt_mask, gen_length, config):
+    """ValueError unless prompt and mask fit, and leave room for gen_length tokens."""
+    require(torch.is_tensor(prompt), f"prompt is {type(prompt)}, should be (B, P) integers")
+    fits = prompt.dtype in INTEGERS and prompt.dim() == 2 and len(prompt) > 0
+    require(fits, f"prompt is {kind_of(prompt)}, should be (B, P) integers")
+
+    ids = prompt.long()
+    has_token = (ids >= 0) & (ids < config.vocab_size)
+    wrong = ids[~has_token & (ids != config.mask_token_id)].tolist()
+    require(not wrong, f"prompt holds ids {wrong[:5]}, should be 0 to {config.vocab_size - 1}")
+
+    P = prompt.shape[1]
+    room = config.max_sequence_length - P
+    check_whole("gen_length", gen_length)
+    fault = f"gen_length is {gen_length} after a prompt of {P}, should be at most {room}"
+    require(gen_length <= room, fault)
+
+    if prompt_mask is not None:
+        right = f"should be ({len(prompt)}, {P}), in each row zeros (padding), then at least one 1"
+        require(torch.is_tensor(prompt_mask), f"prompt_mask is {type(prompt_mask)}, {right}")
+        real = prompt_mask.bool()
+        padded_left = real.shape == prompt.shape and (real[:, 1:] >= real[:, :-1]).all()
+        fault = f"prompt_mask is {kind_of(prompt_mask)}, {right}"
+        require(padded_left and real[:, -1:].all(), fault)
+
+
+def check_whole(name, value):
+    """ValueError unless the value is an int of at least 1."""
+    right = type(value) is int and value >= 1
+    require(right, f"{name} is {value!r}, should be a whole number, at least 1")
+
+
+def check_sigma(sigma):
+    """ValueError unless sigma is wide enough to be a number of positions."""
+    number = isinstance(sigma, (int, float)) and sigma >= 0.01
+    require(number, f"sigma is {sigma!r}, should be a number of positions, at least 0.01")
+
+
+def check_policy(policy):
+    """ValueError unless it has what `Policy` lists."""
+    has_both = callable(getattr(policy, "choose", None)) and hasattr(policy, "uses_attention")
+    right = "should be an object like DualCache(), with choose(state) and uses_attention"
+    require(has_both and not isinstance(policy, type), f"policy is {policy!r}, {right}")
+
+
+def check_settings(gen_length, block_length, tokens_per_step, sigma, threshold):
+    """ValueError, with the value and what would be right, for settings of `decode` out of range."""
+    check_whole("tokens_per_step", tokens_per_step)
+    if block_length is not None:
+        check_whole("block_length", block_length)
+        fault = f"block_length is {block_length}, should divide gen_length {gen_length}"
+        require(gen_length % block_length == 0, fault)
+    if sigma not in ("auto", None):
+        check_sigma(sigma)
+
+    in_range = threshold is None or 0 <= threshold <= 1
+    require(in_range, f"threshold is {threshold}, should be from 0 to 1, or None")
+
+
+def check_sampling(temperature, generator, device):
+    """ValueError unless temperature and generator can draw tokens on the device."""
+    require(0 <= temperature < math.inf, f"temperature is {temperature}, should be at least 0")
+    if temperature > 0:
+        right = isinstance(generator, torch.Generator) and generator.device.type == device.type
+        fault = f"generator is {generator} at temperature {temperature}, should be a"
+        require(right, f"{fault} torch.Generator of device {device.type!r}")
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -620,54 +708,61 @@ EXAMPLE = (
     "park. On Wednesday Ben wins 4 more pens at the school. How many pens does Ben have now?"
 )
 COLOURS = {  # of `roles` in a terminal; where a position has several, the last one shows
-    "attended": "97;44",
+    "known": "97;44",
     "fresh": "97;41",
     "candidates": "30;43",
     "committed": "30;42",
 }
 
 
-def settings(gen_length):
-    """Arguments of `generate` by policy name: the paper's, scaled down for short responses."""
-    k = min(32, max(1, gen_length // 8))
-    sigma = min(10.0, 10 * gen_length / 256)
+def paper_settings(gen_length):
+    """Arguments of `decode` by policy name: the paper's, scaled down for short responses."""
     longest = 32 if gen_length >= 128 else 16
     block_length = max(n for n in range(1, longest + 1) if gen_length % n == 0)
+    k = min(32, max(1, gen_length // 8))
     return {
         "vanilla": dict(policy=RecomputeAll()),
         "prefix": dict(policy=PrefixCache(), block_length=block_length),
         "dual": dict(policy=DualCache(), block_length=block_length),
         "delayed": dict(policy=DelayedCache(), block_length=block_length),
-        "window": dict(policy=SlidingWindow(), sigma=sigma),
-        "d2cache": dict(policy=D2Cache(k=k, p=0.1, sigma=sigma), sigma=sigma),
+        "window": dict(policy=SlidingWindow()),
+        "d2cache": dict(policy=D2Cache(k=k, p=0.1)),
     }
+
+
+def load_module(path):
+    """The module of a Python file, which may import those beside it, whatever else is installed."""
+    name = f"{path.parent.name}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look themselves up there
+    sys.path.insert(0, str(path.parent))
+    spec.loader.exec_module(module)
+    return module
 
 
 def load_policy(text):
     """The policy of "FILE.py:Name" or "FILE.py:Name(k=8)"; ValueError says why there is none."""
     file, separator, call = text.partition(".py:")
     require(separator, f"policy is {text!r}, should be FILE.py:Name or FILE.py:Name(k=8)")
-    spec = importlib.util.spec_from_file_location("policy_of_" + Path(file).stem, file + ".py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
     try:
-        spec.loader.exec_module(module)
+        module = load_module(Path(file + ".py").resolve())
         policy = eval(call, vars(module))  # to be trusted as much as the file itself
         if isinstance(policy, type):
             policy = policy()
+        check_policy(policy)
     except (Exception, SystemExit) as error:
         raise ValueError(f"policy {text}: {type(error).__name__}: {error}") from error
-    contract = callable(getattr(policy, "choose", None)) and hasattr(policy, "uses_attention")
-    require(contract, f"policy {text}: {policy!r} should have choose(state) and uses_attention")
     return policy
 
 
 def roles(before, state):
-    """The reason for each recomputed position, and what was decoded.  -> {name: (B, T) bool}
+    """Why each position was recomputed in a step, and what the step committed.  -> (B, T) bools
 
-    `before` is the state that the step started from, None for the first. "candidates" are all
-    recomputed positions that were masked, "attended" those known for longer than a step: in a full
-    refresh the whole prompt, and for Dream the rows that were recomputed to predict the next one.
+    before       the state that the step started from, None for the first
+    candidates   recomputed, and masked before the step
+    fresh        recomputed, and committed by the step before it
+    known        recomputed, and known for longer than that
     """
     committed = state.fresh
     candidates = state.chosen & (state.masked | committed)
@@ -675,17 +770,17 @@ def roles(before, state):
     if before is not None:
         fresh = state.chosen & before.fresh
     return {
-        "attended": state.chosen & ~candidates & ~fresh,
+        "known": state.chosen & ~candidates & ~fresh,
         "fresh": fresh,
         "candidates": candidates,
         "committed": committed,
     }
 
 
-def places(positions):
+def places(marked):
     """How many positions of one sequence, (T,) bool, and which: "9: 0-6 11 13"; or "0"."""
     runs = []
-    for i in positions.nonzero()[:, 0].tolist():
+    for i in marked.nonzero()[:, 0].tolist():
         if runs and i == runs[-1][1] + 1:
             runs[-1][1] = i
         else:
@@ -693,11 +788,11 @@ def places(positions):
     words = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
     if not words:
         return "0"
-    return " ".join([f"{positions.sum().item()}:", *words])
+    return " ".join([f"{marked.sum().item()}:", *words])
 
 
 TRACE = "{:>4}  {:<30}  {:<14}  {:<8}  {}"
-TRACE_TITLES = ("step", "committed, confidence, prior", "candidates", "fresh", "attended")
+TRACE_TITLES = ("step", "committed, confidence, prior", "candidates", "fresh", "known")
 
 
 def trace(before, state, sigma, tokenizer, end_ids=()):
@@ -705,17 +800,20 @@ def trace(before, state, sigma, tokenizer, end_ids=()):
 
     With end_ids, if decoding stops there, what was made EOS behind the end is only counted.
     """
-    role = {name: positions[0] for name, positions in roles(before, state).items()}
-    prior = certainty_prior(state.confidence, state.known & ~state.fresh, sigma)[0]
+    known_before = state.known & ~state.fresh  # when the step decided
+    prior = certainty_prior(state.confidence, known_before, sigma)[0].tolist()
+    confidence = state.confidence[0].tolist()
+    tokens = state.tokens[0].tolist()
     commits = []
-    for i in role["committed"].nonzero()[:, 0].tolist():
-        id = state.tokens[0, i].item()
-        text = tokenizer.decode([id], skip_special_tokens=False)
-        commits.append(f"{i} {text!r} {state.confidence[0, i]:.3f} {prior[i]:.3f}")
-        if id in end_ids and not state.masked[0, :i].any():
+    for i in state.fresh[0].nonzero()[:, 0].tolist():
+        text = tokenizer.decode([tokens[i]], skip_special_tokens=False)
+        commits.append(f"{i} {text!r} {confidence[i]:.3f} {prior[i]:.3f}")
+        if tokens[i] in end_ids and not state.masked[0, :i].any():
             commits.append(f"and {state.fresh[0, i + 1 :].sum()} behind it")
             break
-    reasons = [places(role[name]) for name in ("candidates", "fresh", "attended")]
+
+    role = roles(before, state)
+    reasons = [places(role[name][0]) for name in ("candidates", "fresh", "known")]
     return TRACE.format(state.step, ", ".join(commits), *reasons)
 
 
@@ -739,17 +837,43 @@ def draw_screen(before, state, tokenizer, share):
     return screen.replace("\n", "\033[K\n")  # nothing is left of a longer line
 
 
-def main():
-    """Print the decoded answer to a prompt; a terminal with colours shows the canvas filling."""
+def run_program(parser, work):
+    """work(arguments) as a program: what a user can mend is one line on stderr and exit code 2."""
+    args = parser.parse_args()
+    if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
+        sys.stdout.reconfigure(errors="replace")  # not every terminal can show every answer
+    try:
+        work(args)
+        print(end="", flush=True)
+    except BrokenPipeError:  # who reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise  # a bug keeps its traceback
+        parser.error(" ".join(str(error).split()) or "out of memory")
+
+
+def out_of_memory(error):
+    """Whether an error of torch's says so."""
+    texts = ("out of memory", "not enough memory", "can't allocate memory")
+    return any(text in str(error) for text in texts)
+
+
+def make_parser():
+    """The command line."""
     parser = argparse.ArgumentParser(description=main.__doc__, usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub id")
     add("--revision", help="of the hub's repository: branch, tag or commit")
-    add("--dtype", help="float32, bfloat16 ... instead of the checkpoint's")
+    add("--dtype", choices=DTYPES, help="instead of the checkpoint's")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--prompt", default=EXAMPLE, help="the user's text")
     add("--gen-length", default=64, type=int, help="tokens to decode (64)")
-    add("--policy", default="d2cache", help=f"{', '.join(settings(1))} or FILE.py:Name(k=8)")
+    policies = ", ".join(paper_settings(1))
+    add("--policy", default="d2cache", help=f"{policies} or FILE.py:Name(k=8)")
     add("--block-length", type=int, help="decode in blocks of so many tokens, by confidence")
     add("--threshold", type=float, help="commit every token at least so confident, too")
     add("--temperature", default=0.0, type=float, help="draw tokens (0: take the likeliest)")
@@ -757,41 +881,37 @@ def main():
     add("--stop-at-eos", action="store_true", help="stop where the answer ends")
     add("--trace", action="store_true", help="print what every step commits and recomputes")
     add("--delay", default=0.05, type=float, help="seconds between two steps on the screen (0.05)")
-    args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every answer
-    try:
-        answer, summary = run(args)
-        print(answer, flush=True)
-    except BrokenPipeError:  # who reads, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise
-        parser.error(" ".join(str(error).split()))
-    print(summary, file=sys.stderr)
+    return parser
 
 
-def out_of_memory(error):
-    """Whether an error of torch's says so; others are bugs, and keep their traceback."""
-    said = ("out of memory", "not enough memory", "can't allocate memory")
-    return any(words in str(error) for words in said)
+def decode_arguments(args):
+    """Arguments of `decode` for the policy, and the order, that the command line names."""
+    check_whole("--gen-length", args.gen_length)
+    require(0 <= args.seed < 2**63, f"--seed is {args.seed}, should be from 0 to 2**63 - 1")
+    ours = paper_settings(args.gen_length)
+    if args.policy in ours:
+        arguments = ours[args.policy]
+    else:
+        known = f"{', '.join(ours)} or FILE.py:Name(k=8)"
+        require(".py:" in args.policy, f"policy is {args.policy!r}, should be {known}")
+        arguments = {"policy": load_policy(args.policy)}
+    if args.block_length is not None:
+        arguments |= {"block_length": args.block_length}
+    arguments |= {"threshold": args.threshold, "temperature": args.temperature}
+    return arguments | {"stop_at_eos": args.stop_at_eos}
 
 
 def run(args):
-    """The answer, and a line about the work, as the command line asks."""
-    require(args.gen_length >= 1, f"--gen-length is {args.gen_length}, should be at least 1")
+    """Decode as the command line asks: the steps and the answer on stdout, the work on stderr."""
     require(0 <= args.delay < 60, f"--delay is {args.delay}, should be from 0 to 60 seconds")
-    require(0 <= args.seed < 2**63, f"--seed is {args.seed}, should be from 0 to 2**63 - 1")
     arguments = decode_arguments(args)
     tokenizer = load_tokenizer(args.model, args.revision)
     prompt = encode_prompt(tokenizer, args.prompt)
     model = Transformer.from_pretrained(args.model, args.device, args.dtype, args.revision)
     if args.temperature > 0:
         arguments["generator"] = torch.Generator(args.device).manual_seed(args.seed)
-    watched = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and not args.trace
-    sigma = settings(args.gen_length)["d2cache"]["sigma"]
     end_ids = model.config.end_ids if args.stop_at_eos else ()
+    watched = not args.trace and shows_colours(sys.stdout)
 
     before = None
     recomputed = 0.0
@@ -800,35 +920,29 @@ def run(args):
     for state in decode(model, prompt, args.gen_length, **arguments):
         recomputed += state.chosen.float().mean().item()
         if args.trace:
-            print(trace(before, state, sigma, tokenizer, end_ids))
+            print(trace(before, state, paper_sigma(args.gen_length), tokenizer, end_ids))
         if watched:
             screen = draw_screen(before, state, tokenizer, recomputed / state.step)
             print(f"\033[H{screen}\033[J", flush=True)
             time.sleep(args.delay)
         before = state
 
-    answer = decode_response(tokenizer, state.tokens[0, prompt.shape[1] :], model.config.end_ids)
+    response = state.tokens[0, prompt.shape[1] :]
+    print(decode_response(tokenizer, response, model.config.end_ids), flush=True)
     share = recomputed / state.step
-    return answer, f"{state.step} forwards, {share:.1%} of positions recomputed"
+    print(f"{state.step} forwards, {share:.1%} of positions recomputed", file=sys.stderr)
 
 
-def decode_arguments(args):
-    """Arguments of `decode` for the policy, the order and the sampling that the command line names.
+def shows_colours(stream):
+    """Whether a stream is a terminal that understands escape codes, and its user wants them."""
+    if stream is None or not stream.isatty():  # None: it was closed
+        return False
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
-    A policy from a file commits by certainty prior, as d2Cache does. With --block-length every
-    policy commits by confidence.
-    """
-    ours = settings(args.gen_length)
-    if args.policy in ours:
-        arguments = ours[args.policy]
-    else:
-        said = f"policy is {args.policy!r}, should be {', '.join(ours)} or FILE.py:Name(k=8)"
-        require(".py:" in args.policy, said)
-        arguments = {"policy": load_policy(args.policy), "sigma": ours["d2cache"]["sigma"]}
-    if args.block_length is not None:
-        arguments |= {"block_length": args.block_length, "sigma": None}
-    arguments |= {"threshold": args.threshold, "temperature": args.temperature}
-    return arguments | {"stop_at_eos": args.stop_at_eos}
+
+def main():
+    """Print the decoded answer to a prompt; a terminal with colours shows the canvas filling."""
+    run_program(make_parser(), run)
 
 
 if __name__ == "__main__":

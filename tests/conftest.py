@@ -1,6 +1,6 @@
 """Settings for all tests: import path, one torch thread, hypothesis profiles, the gpu marker.
 
---policy FILE.py:Name puts a policy of one's own through the laws of a policy, and runs no others.
+--solution=FILE.py and --policy FILE.py:Name grade a file instead: see tests/course/grading.py.
 """
 
 import os
@@ -14,10 +14,10 @@ sys.path[:0] = [str(folder) for folder in (HERE.parent, HERE, *ROOMS)]
 import model  # noqa: E402, F401  (first: it quiets torch's import)
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from d2cache import load_policy  # noqa: E402
-from hypothesis import Phase, settings  # noqa: E402
+from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+import grading  # noqa: E402
 from strategies import POLICIES  # noqa: E402
 
 torch.set_num_threads(1)
@@ -25,53 +25,46 @@ torch.set_num_threads(1)
 settings.register_profile("dev", max_examples=25, deadline=None, print_blob=True)
 settings.register_profile("ci", max_examples=60, deadline=None, print_blob=True, derandomize=True)
 settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True)
-# The same submission gets the same verdict, and soon: without an explanation of the example.
-phases = (Phase.explicit, Phase.generate, Phase.shrink)
-settings.register_profile("grading", max_examples=60, deadline=None, derandomize=True, phases=phases)
+# The same submission gets the same verdict, and soon: no clock counts, nothing is explained.
+settings.register_profile(
+    "grading",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    print_blob=False,
+    report_multiple_bugs=False,
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),
+    suppress_health_check=list(HealthCheck),
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--policy", help="try the laws on this policy alone: FILE.py:Name(k=8)")
+    parser.addoption("--solution", help="grade the functions that this file defines")
+    parser.addoption("--policy", help="grade this policy: FILE.py:Name(k=8)")
+    parser.addoption("--grade", help="write the points there, as Gradescope's results.json")
+    parser.addoption("--limit", default=120.0, type=float, help="seconds for each law (120)")
 
 
 def pytest_configure(config):
-    text = config.getoption("--policy")
-    if text is None:
+    option = config.option
+    if option.solution is None and option.policy is None:
         return
-
-    try:
-        policy = load_policy(text)
-    except ValueError as error:
-        raise pytest.UsageError(" ".join(str(error).split())) from error
-    POLICIES.clear()
-    POLICIES[text] = st.just(policy)
+    if option.solution and option.policy:
+        raise pytest.UsageError("grade a --solution or a --policy, not both at once")
+    if option.policy and ".py:" not in option.policy:
+        raise pytest.UsageError(f"policy is {option.policy!r}, should be FILE.py:Name")
+    if not hasattr(os, "fork"):
+        raise pytest.UsageError("grading needs Linux or macOS: a law is a process forked off")
     settings.load_profile("grading")
-    config.option.maxfail = config.option.maxfail or 1  # one broken law breaks others
-    if config.option.tbstyle == "auto":
-        config.option.tbstyle = "line"
+    POLICIES.clear()
+    POLICIES[grading.THEIRS] = st.nothing()  # until it is loaded, in the process of a law
+    option.reportchars = ""
+    config.pluginmanager.register(grading)
 
 
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-    text = config.getoption("--policy")
-    if text is not None:
-        laws = [item for item in items if policy_of(item) == text]
-        others = [item for item in items if policy_of(item) != text]
-        laws.sort(key=order_of_grading)
-        config.hook.pytest_deselected(items=others)
-        items[:] = laws
-
-
-def policy_of(item):
-    """The name of the policy that a law is tried on; None: the test is no law of policies."""
-    return item.callspec.params.get("name") if hasattr(item, "callspec") else None
-
-
-def order_of_grading(law):
-    """The contract first; the comparison with the oracle, which sees most and says least, last."""
-    return "contract" not in law.originalname, "oracle" in law.originalname

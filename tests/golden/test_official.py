@@ -19,9 +19,9 @@ from d2cache import (
     decode,
     generate,
     nucleus,
-    recompute,
+    rows_before,
 )
-from model import KVCache, Transformer
+from model import Transformer
 
 GOLDEN = Path(__file__).parent
 POLICIES = {  # by the Fast-dLLM function that follows it
@@ -100,17 +100,10 @@ def test_the_attention_map_is_the_official_attention_averaged_over_heads(case, d
 def test_the_row_before_predicts_a_position_of_dream(case):
     """Their logits shifted by one say what a step that recomputes everything predicts."""
     model, tokens = tiny(folder="dream_tiny"), LOGITS[f"{case}.tokens"]
-    positions = torch.arange(tokens.shape[1])[None]
-    logits, _ = recompute(
-        model,
-        KVCache(model.config, *tokens.shape, "cpu", torch.float64),
-        tokens.shape[1],
-        False,
-        tokens,
-        positions,
-        torch.ones_like(positions, dtype=torch.bool),
-        padding=None,
-    )
+    P = tokens.shape[1]
+    positions = torch.arange(P)[None]
+    before = rows_before(model.hidden_states(tokens)[0], positions, P, P)
+    logits = model.head(before)
     expected = LOGITS[f"{case}.shifted_logits"].double()
     torch.testing.assert_close(logits, expected, rtol=0, atol=5e-5)
 
@@ -178,9 +171,8 @@ def test_recomputing_everything_is_lladas_own_sampler(case):
     run = VANILLA_RUNS[case]
     prompt, mask = (VANILLA.get(f"{kind}.{run['prompt']}") for kind in ("prompt", "prompt_mask"))
     rate = run["gen_length"] // run["steps"]
-    tokens = generate(
-        tiny(), prompt, run["gen_length"], run["block_length"], rate, prompt_mask=mask
-    )
+    arguments = {"block_length": run["block_length"], "tokens_per_step": rate, "prompt_mask": mask}
+    tokens = generate(tiny(), prompt, run["gen_length"], **arguments)
     assert torch.equal(tokens, VANILLA[f"{case}.out"])
 
 

@@ -42,41 +42,40 @@ class DLLMCache:
         """What is asked for; what is recomputed for it, every layer decides.  (B, T) bool"""
         return state.masked
 
-    def begin(self, cache, R, positions, C):
+    def begin(self, cache, state, C):
         """Room for what passes leave behind. The first one recomputes, and predicts, everything."""
         L, B, T = cache.k.shape[:3]
-        require(positions.shape[1] > R, "a DLLMCache is in two decodes, should be in one at a time")
+        require(state.step == 0, "a DLLMCache is in two decodes, should be in one at a time")
         self.recomputed = []
         self.cache = cache  # of k and v; beside them, of every layer and position:
         self.attended = cache.k.new_zeros(L, B, T, C)  # what attention adds to x
         self.gated = cache.k.new_zeros(L, B, T, C)  # what the MLP adds
-        self.response = torch.zeros(B, T, dtype=torch.bool, device=positions.device)
-        self.response.scatter_(1, positions[:, :R], True)
+        self.response = state.masked
 
-    def recompute(self, model, cache, R, uses_attention, tokens, positions, valid, padding):
+    def recompute(self, model, cache, state, positions, valid, R):
         """In place of d2cache.recompute: logits (B, R, V), and no influence.
 
         For spectators it keeps `recomputed`, by pass, the share of layers in which each position
         was, (B, T), its values apart; and the last pass's `rows`, (L, B, T).
         """
         if cache is not self.cache:
-            self.begin(cache, R, positions, model.config.d_model)
+            self.begin(cache, state, model.config.d_model)
         self.step = len(self.recomputed)
-        self.rows = self.response.new_zeros(len(model.blocks), *tokens.shape)  # (L, B, T)
-        x = model.wte(tokens)
+        self.rows = self.response.new_zeros(len(model.blocks), *state.tokens.shape)  # (L, B, T)
+        x = model.wte(state.tokens)
         for layer in range(len(model.blocks)):
-            x = self.one_layer(model, layer, x, padding)
+            x = self.one_layer(model, layer, x, state.padding)
         self.rows &= valid.any(dim=1, keepdim=True)  # what a finished sequence does is for nothing
         self.recomputed.append(self.rows.float().mean(dim=0))
 
-        sequences = torch.arange(len(tokens), device=tokens.device)[:, None]
+        sequences = torch.arange(len(positions), device=positions.device)[:, None]
         hidden = x[sequences, positions]  # (B, T, C) -> (B, Q, C)
         if model.config.shifted:
-            hidden = rows_before(hidden, positions, valid, R, tokens.shape[1])
+            hidden = rows_before(hidden, positions, R, state.tokens.shape[1])
         return model.head(hidden[:, :R]), None
 
     def one_layer(self, model, layer, x, padding):
-        """model.Block where some rows are recomputed.  (B, T, C) -> (B, T, C)"""
+        """model.Layer where some rows are recomputed.  (B, T, C) -> (B, T, C)"""
         block = model.blocks[layer]
         h = block.attn_norm(x)
         heads = (-1, model.config.head_dim)

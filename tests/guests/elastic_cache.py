@@ -13,10 +13,12 @@ the tests hold. Shape letters as in model.py; n counts positions of a single seq
 from dataclasses import dataclass
 
 from d2cache import highest, rows_before
-from model import attend, require, rope, rotate
+from model import attend, require, rope
 
 import torch  # after model, which keeps its import quiet
 import torch.nn.functional as F
+
+LEAST = 1e-4  # logits times this keep their order, at a confidence of about 1 / V
 
 
 @dataclass(eq=False)
@@ -52,31 +54,30 @@ class ElasticCache:
         """W.  (B, T) bool"""
         return self.masked & (self.masked.cumsum(dim=1) <= self.width)
 
-    def begin(self, config, cache, R, positions, padding):
+    def begin(self, config, cache, state, positions):
         """Room for what passes leave behind. The first one recomputes, and predicts, everything."""
         L, B, T = cache.k.shape[:3]
         self.cache = cache  # of k and v; beside them: the residual stream entering a layer, and q
         self.x = cache.k.new_zeros(L + 1, B, T, config.d_model)
         self.q = cache.k.new_zeros(L, B, T, config.n_heads, config.head_dim)
-        self.masked = torch.zeros(B, T, dtype=torch.bool, device=positions.device)
-        self.masked.scatter_(1, positions[:, :R], True)
-        self.real = torch.ones_like(self.masked) if padding is None else ~padding
+        self.masked = state.masked
+        self.real = state.known | state.masked
         self.watched = torch.zeros_like(self.masked)
         self.recomputed = []
-        complete = positions.shape[1] == self.real.sum(dim=1).max()
-        require(complete, "an ElasticCache is in two decodes, should be in one at a time")
+        require(state.step == 0, "an ElasticCache is in two decodes, should be in one at a time")
 
-    def recompute(self, model, cache, R, uses_attention, tokens, positions, valid, padding):
-        """In place of d2cache.recompute: logits (B, R, V), zeros where not in W; no influence.
+    def recompute(self, model, cache, state, positions, valid, R):
+        """In place of d2cache.recompute: logits (B, R, V), and no influence.
 
+        The first pass predicts all masked positions. Those that are not in W come last.
         For spectators it keeps `recomputed`, by pass, the share of layers in which each position
         was, (B, T); and the last pass's `rows`, (L, B, T), and `similarity`, (L, B), nan: untested.
         """
         if cache is not self.cache:
-            self.begin(model.config, cache, R, positions, padding)
-        self.rows = self.real.new_zeros(len(model.blocks), *tokens.shape)  # (L, B, T)
+            self.begin(model.config, cache, state, positions)
+        self.rows = self.real.new_zeros(len(model.blocks), *state.tokens.shape)  # (L, B, T)
         self.similarity = torch.full(self.rows.shape[:2], torch.nan)
-        self.x[0] = model.wte(tokens)
+        self.x[0] = model.wte(state.tokens)
 
         watched = torch.zeros_like(self.watched)
         for b in valid.any(dim=1).nonzero()[:, 0].tolist():  # each drifts by itself
@@ -84,12 +85,13 @@ class ElasticCache:
         self.watched = watched
         self.recomputed.append(self.rows.float().mean(dim=0))
 
-        sequences = torch.arange(len(tokens), device=tokens.device)[:, None]
+        sequences = torch.arange(len(positions), device=positions.device)[:, None]
         hidden = self.x[-1][sequences, positions]  # (B, T, C) -> (B, Q, C)
         if model.config.shifted:
-            hidden = rows_before(hidden, positions, valid, R, tokens.shape[1])
-        predicted = self.window.gather(1, positions[:, :R])  # in the first pass there are more
-        return model.head(hidden[:, :R]).where(predicted[:, :, None], 0), None
+            hidden = rows_before(hidden, positions, R, state.tokens.shape[1])
+        logits = model.head(hidden[:, :R])
+        in_window = self.window.gather(1, positions[:, :R])[:, :, None]
+        return logits.where(in_window, LEAST * logits), None
 
     def one_pass(self, model, b, asked):
         """All layers of sequence b, from the rows asked for, (n,), on.  -> its next M, (T,) bool"""
@@ -120,21 +122,17 @@ class ElasticCache:
         return watched
 
     def one_layer(self, block, layer, b, rows, config):
-        """model.Block on the rows of a sequence: their x of the next layer; keeps q, k and v."""
-        heads = (-1, config.head_dim)
+        """model.Layer on the rows of a sequence: their x of the next layer; keeps q, k and v."""
         x = self.x[layer, b, rows][None]  # (1, n, C)
-        h = block.attn_norm(x)
         cos, sin = rope(rows[None], config, torch.promote_types(x.dtype, torch.float32))
-        q = rotate(block.q_proj(h).unflatten(-1, heads), cos, sin)  # (1, n, C) -> (1, n, H, D)
-        k = rotate(block.k_proj(h).unflatten(-1, heads), cos, sin)  # -> (1, n, G, D)
-        self.q[layer, b, rows] = q[0]
+        q, k, v = block.queries_keys_values(x, cos, sin)
+        self.q[layer, b, rows] = q[0]  # (1, n, H, D) -> (n, H, D)
         self.cache.k[layer, b, rows] = k[0]
-        self.cache.v[layer, b, rows] = block.v_proj(h).unflatten(-1, heads)[0]
+        self.cache.v[layer, b, rows] = v[0]
 
         K = self.cache.k[layer, b, self.real[b]]  # (T, G, D) but for padding
         V = self.cache.v[layer, b, self.real[b]]
-        x = x + block.attn_out(attend(q, K[None], V[None]).flatten(2))
-        self.x[layer + 1, b, rows] = (x + block.mlp(block.ff_norm(x)))[0]
+        self.x[layer + 1, b, rows] = block(x, attend(q, K[None], V[None]))[0]
 
     def attention(self, layer, b, chosen):
         """softmax(q K^T / sqrt(D)) of what is cached now, each head apart.  (T,) -> (H, n, T)"""

@@ -11,12 +11,12 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # where bench.py and d2cache.py are
 
-from bench import QUALITY_LENGTH, is_right, left_padded, read_problems  # noqa: E402
-from bench import standard_error  # noqa: E402
-from d2cache import EMBEDDED_MODEL, SlidingWindow, decode, settings  # noqa: E402
+from bench import Task, encode_problems, left_padded, read_world, table_text  # noqa: E402
+from bench import wilson_interval, work_done  # noqa: E402
+from d2cache import EMBEDDED_MODEL, SlidingWindow, decode, paper_settings  # noqa: E402
 from dllm_cache import DLLMCache  # noqa: E402
 from elastic_cache import ElasticCache  # noqa: E402
-from model import Transformer, decode_response, encode_prompt, load_tokenizer  # noqa: E402
+from model import Transformer, decode_response, load_tokenizer  # noqa: E402
 
 import torch  # noqa: E402  (after model, which keeps its import quiet)
 
@@ -26,56 +26,52 @@ BATCH = 25
 
 def rows(gen_length):
     """(name, arguments of `decode`)."""
-    ours = settings(gen_length)
-    blocks = {"block_length": ours["dual"]["block_length"]}
+    ours = paper_settings(gen_length)
+    confidence = {"sigma": None}
     found = [
         ("d2Cache, by prior", ours["d2cache"]),
-        (f"sliding window of {WIDTH}", {"policy": SlidingWindow(WIDTH)}),
-        ("Elastic-Cache, never", {"policy": ElasticCache(WIDTH, gamma=-1.0)}),
+        (f"sliding window of {WIDTH}", confidence | {"policy": SlidingWindow(WIDTH)}),
     ]
-    for gamma in (0.9, 0.95, 0.99):
-        found.append((f"Elastic-Cache, {gamma}", {"policy": ElasticCache(WIDTH, gamma)}))
+    for name, gamma in (("never", -1.0), ("0.9", 0.9), ("0.95", 0.95), ("0.99", 0.99)):
+        found.append(
+            (f"Elastic-Cache, {name}", confidence | {"policy": ElasticCache(WIDTH, gamma)})
+        )
     paper = ElasticCache(WIDTH, 0.9, over="keys")
-    found.append(("Elastic-Cache, 0.9, over keys", {"policy": paper}))
-    found.append(("Elastic-Cache, always", {"policy": ElasticCache(WIDTH, gamma=2.0)}))
-    found.append(("dLLM-Cache, in blocks", blocks | {"policy": DLLMCache()}))
+    found.append(("Elastic-Cache, 0.9, over keys", confidence | {"policy": paper}))
+    always = ElasticCache(WIDTH, gamma=2.0)
+    found.append(("Elastic-Cache, always", confidence | {"policy": always}))
+    block_length = ours["dual"]["block_length"]
+    found.append(("dLLM-Cache, in blocks", {"policy": DLLMCache(), "block_length": block_length}))
     return found
 
 
-def watch(model, prompt, mask, policy, arguments):
-    """A batch decoded: tokens (B, T), share recomputed (B,), and refreshes (B,), 0 if it has none.
+def refreshes_of(states, policy):
+    """How often an Elastic-Cache recomputed what it had not asked for, in every decode.  -> (B,)
 
     A drift in the last layer comes too late to refresh anything.
     """
-    positions = mask.sum(dim=1) + QUALITY_LENGTH  # (B,)
-    chosen = []
-    refreshes = torch.zeros(len(prompt))
-    arguments = arguments | {"prompt_mask": mask, "policy": policy}
-    for state in decode(model, prompt, QUALITY_LENGTH, **arguments):
-        chosen.append(state.chosen)
-        if isinstance(policy, ElasticCache):
-            refreshes += (policy.similarity[:-1] < policy.gamma).any(dim=0)
-    recomputed = torch.stack(getattr(policy, "recomputed", chosen)).float()  # (S, B, T)
-    return state.tokens, recomputed.sum(dim=2).mean(dim=0) / positions, refreshes
+    chosen = torch.stack([state.chosen for state in states])  # (S, B, T)
+    if not isinstance(policy, ElasticCache):
+        return torch.zeros(chosen.shape[1])
+    unasked = (torch.stack(policy.recomputed) > 0) & ~chosen
+    return unasked.any(dim=2).sum(dim=0)
 
 
-def measure(model, tokenizer, problems, arguments):
-    """Exact match, share recomputed and refreshes of a decode, as means over the problems."""
-    settings = {name: value for name, value in arguments.items() if name != "policy"}
-    right = []
+def measure(task, prompts, arguments):
+    """How many problems were solved, share recomputed and refreshes of a decode, in the mean."""
+    solved = 0
     shares = []
     refreshes = []
-    for start in range(0, len(problems), BATCH):
-        questions, answers = zip(*problems[start : start + BATCH])
-        prompts = [encode_prompt(tokenizer, question)[0] for question in questions]
-        prompt, mask = left_padded(prompts)
-        tokens, share, fired = watch(model, prompt, mask, arguments["policy"], settings)
-        for response, answer in zip(tokens[:, prompt.shape[1] :], answers):
-            text = decode_response(tokenizer, response, model.config.end_ids)
-            right.append(is_right(text, answer)[0])
-        shares += share.tolist()
-        refreshes += fired.tolist()
-    return statistics.mean(right), statistics.mean(shares), statistics.mean(refreshes)
+    for start in range(0, len(prompts), BATCH):
+        prompt, mask = left_padded(prompts[start : start + BATCH])
+        states = list(decode(task.model, prompt, task.gen_length, prompt_mask=mask, **arguments))
+        responses = states[-1].tokens[:, prompt.shape[1] :]
+        for response, problem in zip(responses, task.problems[start:]):
+            text = decode_response(task.tokenizer, response, task.model.config.end_ids)
+            solved += task.is_right(problem, text)[0]
+        shares += work_done(states, arguments["policy"])[1].tolist()
+        refreshes += refreshes_of(states, arguments["policy"]).tolist()
+    return solved, statistics.fmean(shares), statistics.fmean(refreshes)
 
 
 def main():
@@ -87,14 +83,21 @@ def main():
 
     torch.set_num_threads(1)  # the matrices are small
     model = Transformer.from_pretrained(args.model)
-    tokenizer = load_tokenizer(args.model)
-    problems = read_problems(args.model / "problems.jsonl", args.problems)
-    print(f"{len(problems)} problems, {QUALITY_LENGTH} steps a decode")
-    print(f"{'policy':32}{'exact match':>20}{'recomputed':>12}{'refreshes a decode':>20}")
-    for name, arguments in rows(QUALITY_LENGTH):
-        right, share, fired = measure(model, tokenizer, problems, arguments)
-        score = f"{right:.1%} +- {standard_error(right, len(problems)):.1%}"
-        print(f"{name:32}{score:>20}{share:>12.1%}{fired:>20.2f}", flush=True)
+    world = read_world(args.model, args.problems)
+    task = Task(args.model.name, model, load_tokenizer(args.model), **world)
+    prompts = encode_problems(task)
+    table = []
+    for name, arguments in rows(task.gen_length):
+        solved, share, refreshes = measure(task, prompts, arguments)
+        row = {
+            "policy": name,
+            "exact match": solved / len(prompts),
+            "95 % interval": wilson_interval(solved, len(prompts)),
+            "reused": 1 - share,
+            "refreshes a decode": refreshes,
+        }
+        table.append(row)
+    print(f"{len(prompts)} problems, {task.gen_length} steps a decode\n{table_text(table)}")
 
 
 if __name__ == "__main__":

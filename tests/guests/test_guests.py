@@ -79,6 +79,7 @@ def elastic(case):
     run = ELASTIC_RUNS[case]
     policy = ElasticCache(run["window_length"], run["gamma"], run["track_num"])
     arguments = {"prompt": ELASTIC[f"prompt.{run['prompt']}"], "gen_length": run["gen_length"]}
+    arguments |= {"sigma": None}
     states, seen = watch(tiny(), policy, arguments, ("rows", "watched", "similarity"))
     return states, seen, policy
 
@@ -237,6 +238,15 @@ def test_similarity_is_that_without_padding():
         torch.testing.assert_close(ours, one["similarity"][:, :, 0], equal_nan=True)
 
 
+def test_where_more_is_committed_than_the_window_holds_the_rest_are_predictions_too():
+    """In the first step they once were token 0."""
+    model = SPEC.build()
+    prompt = torch.tensor([[3, 1, 4]])
+    window = generate(model, prompt, 4, policy=ElasticCache(width=4), tokens_per_step=4)
+    beyond = generate(model, prompt, 4, policy=ElasticCache(width=1), tokens_per_step=4)
+    assert torch.equal(beyond, window)
+
+
 def test_a_similarity_of_exactly_gamma_is_no_drift():
     model = replace(SPEC, dtype=torch.float32).build()
     arguments = {"prompt": torch.tensor([[3, 1, 4]]), "gen_length": 4}
@@ -259,7 +269,8 @@ def dllm(case):
         run["prompt_interval_steps"], run["gen_interval_steps"], run["transfer_ratio"]
     )
     arguments = {name: run[name] for name in ("gen_length", "block_length")}
-    states, seen = watch(tiny(), policy, {"prompt": prompt, **arguments}, ["rows"])
+    arguments |= {"prompt": prompt, "sigma": None}
+    states, seen = watch(tiny(), policy, arguments, ["rows"])
     return states, seen["rows"][:, :, 0]
 
 

@@ -102,49 +102,79 @@ def nucleus(scores, p, among):
     return set(inside)
 
 
+def order_of(sigma, gen_length, block_length):
+    """Whether positions are committed by certainty prior, and sigma of the density."""
+    paper = min(10.0, 10 * gen_length / 256)
+    if sigma == "auto":
+        return block_length is None, paper
+    return sigma is not None, paper if sigma is None else sigma
+
+
+def ask(policy, State, step, padding=None, **lists):
+    """The positions that a policy chooses, given lists as a State of one sequence."""
+    dtypes = {"confidence": torch.float64, "influence": torch.float64, "density": torch.float64}
+    tensors = {
+        name: torch.tensor([values], dtype=dtypes.get(name)) for name, values in lists.items()
+    }
+    chosen = policy.choose(State(step=step, **tensors))
+    return [i for i, c in enumerate(chosen[0].tolist()) if c]
+
+
 def decode(
     model, State, prompt, gen_length, block_length, tokens_per_step, policy, sigma, threshold
 ):
     """`generate` for one prompt, a list: tokens, and (confidence, influence) after each step."""
     weights, config = model.state_dict(), model.config
     mask, P, T = config.mask_token_id, len(prompt), len(prompt) + gen_length
-    tokens, known = prompt + [mask] * gen_length, [True] * P + [False] * gen_length
-    fresh, confidence, influence = [False] * T, [0.0] * T, [1.0] * T
+    by_prior, sigma = order_of(sigma, gen_length, block_length)
+    before = 1 if config.model_type == "Dream" else 0  # which row predicts a position
+
+    tokens = prompt + [mask] * gen_length
+    known = [True] * P + [False] * gen_length
+    decoded_at, recomputed_at = [0] * T, [0] * T
+    confidence, influence = [0.0] * T, [1.0] * T
     memory, history, step = {}, [], 0
     for start in range(P, T, block_length or gen_length):
         block = range(start, start + (block_length or gen_length))
         while not all(known[i] for i in block):
+            around = density(known, sigma)
             positions = range(T)
             if step > 0:
-                lists = (tokens, known, fresh, confidence, influence)
-                floats = {"dtype": torch.float64}
-                tensors = [
-                    torch.tensor([x], **(floats if type(x[0]) is float else {})) for x in lists
-                ]
-                in_block = torch.tensor([[i in block for i in range(T)]])
-                chosen = policy.choose(State(*tensors, in_block, step))
-                positions = [i for i in range(T) if chosen[0, i]]
+                positions = ask(
+                    policy,
+                    State,
+                    step,
+                    tokens=tokens,
+                    known=known,
+                    decoded_at=decoded_at,
+                    recomputed_at=recomputed_at,
+                    confidence=confidence,
+                    influence=influence,
+                    density=around,
+                    block=[i in block for i in range(T)],
+                )
+            step += 1
+
             to_predict = [i for i in positions if not known[i]]
-            before = 1 if config.model_type == "Dream" else 0  # which row predicts a position
             positions = sorted({*positions, *(max(i - before, 0) for i in to_predict)})
             logits, maps = forward(weights, config, tokens, positions, memory)
+            for i in positions:
+                recomputed_at[i] = step
+            if policy.uses_attention:
+                influence = rollout(maps, T).tolist()
+
             predicted = {}
             for i in to_predict:
                 probability = torch.softmax(logits[max(i - before, 0)], dim=0).tolist()
                 others = [id for id in range(config.vocab_size) if id != mask]
                 predicted[i] = max(others, key=lambda id: probability[id])
                 confidence[i] = probability[predicted[i]]
-            if policy.uses_attention:
-                influence = rollout(maps, T).tolist()
-            around = [1.0] * T if sigma is None else density(known, sigma)
-            ranked = sorted(
-                (i for i in block if i in predicted), key=lambda i: (-confidence[i] * around[i], i)
-            )
-            fresh = [False] * T
+
+            score = [c * d if by_prior else c for c, d in zip(confidence, around)]
+            ranked = sorted((i for i in block if i in predicted), key=lambda i: (-score[i], i))
             for rank, i in enumerate(ranked):
                 if rank >= tokens_per_step and (threshold is None or confidence[i] < threshold):
                     continue
-                tokens[i], known[i], fresh[i] = predicted[i], True, True
-            step += 1
+                tokens[i], known[i], decoded_at[i] = predicted[i], True, step
             history.append((list(confidence), list(influence)))
     return tokens, history

@@ -14,6 +14,11 @@ from d2cache import (
 from hypothesis import strategies as st
 from model import Config, Transformer
 
+from entropy_cache import EntropyCache
+from oldest_first import OldestFirst
+from vicinity import Vicinity
+from window_diffusion import WindowDiffusion
+
 
 @dataclass(frozen=True)
 class AnySubset:
@@ -47,8 +52,12 @@ POLICIES = {
         D2Cache,
         k=st.integers(1, 8),
         p=st.sampled_from([0.1, 0.5, 0.0, 1.0]),
-        sigma=st.sampled_from([2.0, 0.5, 10.0]),
+        sigma=st.sampled_from([None, 0.5, 10.0]),
     ),
+    "Vicinity": st.builds(Vicinity, margin=st.integers(1, 4), warmup=st.integers(1, 3)),
+    "WindowDiffusion": st.builds(WindowDiffusion, n=st.integers(1, 5), active=st.integers(1, 4)),
+    "EntropyCache": st.builds(EntropyCache, threshold=st.floats(0.1, 3), k=st.integers(1, 4)),
+    "OldestFirst": st.builds(OldestFirst, k=st.integers(1, 8), p=st.sampled_from([0.1, 0.5])),
     "AnySubset": st.builds(AnySubset, seed=st.integers(0, 99), uses_attention=st.booleans()),
 }
 
@@ -144,7 +153,7 @@ class Decode:
     gen_length: int
     block_length: int | None
     tokens_per_step: int
-    sigma: float | None
+    sigma: float | str | None
     threshold: float | None
 
     @property
@@ -176,6 +185,6 @@ def decodes(draw, config, most_sequences=3):
         gen_length=n_blocks * length,
         block_length=draw(st.sampled_from([length, None])),
         tokens_per_step=draw(st.sampled_from([1, 2, 3])),
-        sigma=draw(st.sampled_from([None, 2.0, 0.5, 10.0])),
+        sigma=draw(st.sampled_from(["auto", None, 2.0, 0.5, 10.0])),
         threshold=draw(st.sampled_from([None, 0.5, 0.9, 0.0])),
     )

@@ -176,7 +176,7 @@ def test_attention_is_only_computed_when_asked_for(monkeypatch):
     model = ModelSpec(1, 1, 1, 2, 6, seed=0).build()
     tokens = torch.tensor([[1, 2]])
     hidden, maps = model.hidden_states(tokens)
-    assert maps is None
+    assert maps == []
     assert torch.equal(model.head(hidden), model(tokens))
 
 

@@ -11,7 +11,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from training import save_tensors
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 PREFIX = "model.transformer."
 INDEX = "model.safetensors.index.json"
 # Fields of Config under their names in LLaDA's config.json, and those without a default.

@@ -28,7 +28,7 @@ from d2cache import (  # noqa: E402
     decode,
     generate,
     highest,
-    settings,
+    paper_settings,
 )
 from model import (  # noqa: E402
     KVCache,
@@ -48,9 +48,9 @@ EIGHTH = GEN_LENGTH // 8
 CHOSEN = range(0, 48, 3)  # of the held-out problems
 QUARTERS = [16, 32, 48]  # of the steps, after which influence is measured
 
-PRIOR = {"sigma": settings(GEN_LENGTH)["d2cache"]["sigma"]}
-BLOCKS = {"block_length": settings(GEN_LENGTH)["dual"]["block_length"]}
-CONFIDENCE = {}  # alone: no prior, no blocks
+PRIOR = {}  # the default
+BLOCKS = {"block_length": paper_settings(GEN_LENGTH)["dual"]["block_length"]}
+CONFIDENCE = {"sigma": None}  # alone: no prior, no blocks
 ORDERS = {"certainty prior": PRIOR, "blocks": BLOCKS, "confidence": CONFIDENCE}
 
 SPANS = {  # of steps left until a position is decoded, least and most
@@ -335,9 +335,7 @@ def report(numbers):
     model = Transformer.from_pretrained(EMBEDDED_MODEL)
     tokenizer = load_tokenizer(EMBEDDED_MODEL)
     problems = read_problems(numbers)
-    measured = {
-        name: measure(model, tokenizer, problems, order) for name, order in ORDERS.items()
-    }
+    measured = {name: measure(model, tokenizer, problems, order) for name, order in ORDERS.items()}
     print(f"{len(problems)} problems, {len(model.blocks)} layers\n")
     print_table([("CLAIM", "PAPER, LLaDA-8B", "HERE"), *claims(measured)])
     print_changes(measured["certainty prior"])

@@ -16,14 +16,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
-from d2cache import EMBEDDED_MODEL, decode, load_policy, roles, settings  # noqa: E402
+from d2cache import EMBEDDED_MODEL, decode, load_policy, paper_settings, roles  # noqa: E402
 from model import Transformer, encode_prompt, load_tokenizer, require  # noqa: E402
 from tiny.problems import SAMPLE  # noqa: E402
 
 GEN_LENGTH = 64
 END_OF_TEXT = "<eos>"
 
-TITLES = {  # of the policies in d2cache.settings: name, and what it recomputes
+TITLES = {  # of the policies in d2cache.paper_settings: name, and what it recomputes
     "vanilla": ("vanilla", "everything"),
     "prefix": ("prefix cache", "the block and all that follows it"),
     "dual": ("dual cache", "the block"),
@@ -36,7 +36,7 @@ IN_RACE = ("vanilla", "prefix", "dual", "d2cache")
 # What a step does at a position. Where two hold, the later one is seen.
 COLOURS = {
     "first": "#a99fcb",
-    "attended": "#3d7ea6",
+    "known": "#3d7ea6",
     "candidates": "#f2b134",
     "fresh": "#d1495b",
     "committed": "#222222",
@@ -45,7 +45,7 @@ CACHED = "#ececec"
 LEGEND = {
     "cached": "from the cache",
     "first": "first step: everything",
-    "attended": "recomputed: known",
+    "known": "recomputed: known",
     "candidates": "recomputed: masked",
     "fresh": "recomputed: decoded just before",
     "committed": "decoded in this step",
@@ -92,14 +92,6 @@ class Run:
     def share(self):
         """Of the positions, those recomputed, mean over steps."""
         return sum(self.work) / (len(self.steps) * len(self.words))
-
-
-def plans():
-    """Arguments of `decode` by the name of the policy."""
-    ours = settings(GEN_LENGTH)
-    # By confidence without blocks vanilla ends its answer too early: see observations.py.
-    ours["vanilla"] |= {"block_length": ours["dual"]["block_length"]}
-    return ours
 
 
 def order_of(arguments):
@@ -279,7 +271,7 @@ STYLE = f"""
 .mask {{ fill: #cccccc; opacity: 0; animation: show }}
 .word {{ animation: hide; animation-fill-mode: backwards }}
 .count {{ opacity: 0; animation: show }}
-.bar {{ fill: {COLOURS["attended"]}; transform-box: fill-box; animation: grow linear }}
+.bar {{ fill: {COLOURS["known"]}; transform-box: fill-box; animation: grow linear }}
 @keyframes show {{ from, to {{ opacity: 1 }} }}
 @keyframes hide {{ from, to {{ opacity: 0 }} }}
 @keyframes grow {{ from {{ transform: scaleX(0) }} }}
@@ -415,16 +407,17 @@ def draw(picture, own=None):
     tokenizer = load_tokenizer(EMBEDDED_MODEL)
     prompt = encode_prompt(tokenizer, SAMPLE)
 
+    ours = paper_settings(GEN_LENGTH)
+
     def run(arguments, name, recomputes):
         states = decode(model, prompt, GEN_LENGTH, **arguments)
         return watch(states, tokenizer, prompt.shape[1], name, recomputes, order_of(arguments))
 
     if own is not None:
-        arguments = plans()["d2cache"] | {"policy": own}
-        return draw_map([run(arguments, type(own).__name__, "")])
+        return draw_map([run({"policy": own}, type(own).__name__, "")])
     if picture == "map":
-        return draw_map([run(plans()[name], *TITLES[name]) for name in IN_MAP])
-    return draw_race([run(plans()[name], *TITLES[name]) for name in IN_RACE])
+        return draw_map([run(ours[name], *TITLES[name]) for name in IN_MAP])
+    return draw_race([run(ours[name], *TITLES[name]) for name in IN_RACE])
 
 
 if __name__ == "__main__":

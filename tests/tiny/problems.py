@@ -146,6 +146,17 @@ def is_whole(question, text):
     return text == number or re.fullmatch(f"{pattern} {number}", text) is not None
 
 
+def is_right(question, text):
+    """Whether the number behind "####" is the one that follows from the question: bench.py's score.
+
+    As GSM8K is scored: `is_whole` asks for right words before it, too.
+    """
+    count = int(re.match(r"\w+ has (\d+)", question)[1])
+    for verb, amount in re.findall(r"On \w+ \w+ (\w+) (?:away )?(\d+)", question):
+        count += int(amount) if verb in GAINS else -int(amount)
+    return re.findall(r"#### (\d+)", text)[:1] == [str(count)]
+
+
 def grouped_problems(rng, n, group):
     """n problems in groups whose questions have equally many tokens, so that each is one batch."""
     tokenizer = make_tokenizer()

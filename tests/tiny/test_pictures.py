@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 from xml.etree import ElementTree
 
 import pytest
-from d2cache import EMBEDDED_MODEL, decode, settings
+from d2cache import EMBEDDED_MODEL, decode, paper_settings
 from hypothesis import given
 from hypothesis import strategies as st
 from model import Transformer, encode_prompt, load_tokenizer
@@ -15,7 +15,7 @@ from tiny import picture
 from tiny.problems import SAMPLE
 
 SVG = "{http://www.w3.org/2000/svg}"
-RECOMPUTED = {"first", "attended", "candidates", "fresh"}
+RECOMPUTED = {"first", "known", "candidates", "fresh"}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def states(tokenizer):
     model = Transformer.from_pretrained(EMBEDDED_MODEL)
     prompt = encode_prompt(tokenizer, SAMPLE)
     return {
-        name: list(decode(model, prompt, 64, **picture.plans()[name]))
+        name: list(decode(model, prompt, 64, **paper_settings(64)[name]))
         for name in {*picture.IN_MAP, *picture.IN_RACE}
     }
 
@@ -39,7 +39,7 @@ def runs(states, tokenizer):
     P = states["vanilla"][0].known[0].sum().item() - 1  # all but the one decoded first
     found = {}
     for name in states:
-        order = picture.order_of(picture.plans()[name])
+        order = picture.order_of(paper_settings(64)[name])
         found[name] = picture.watch(states[name], tokenizer, P, *picture.TITLES[name], order)
     return found
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from d2cache import EMBEDDED_MODEL, D2Cache, decode, settings
+from d2cache import EMBEDDED_MODEL, D2Cache, decode, paper_settings
 from hypothesis import given
 from hypothesis import strategies as st
 from model import Transformer, decode_response, encode_prompt, load_tokenizer
@@ -34,9 +34,9 @@ RECORDS = [json.loads(line) for line in LINES]
 PROBLEMS = [(record["question"], record["answer"]) for record in RECORDS]
 FIRST = PROBLEMS[:TEST_GROUP]
 ORDERS = {
-    "confidence": {},
-    "blocks": {"block_length": settings(RESPONSE_LENGTH)["dual"]["block_length"]},
-    "prior": {"sigma": settings(RESPONSE_LENGTH)["d2cache"]["sigma"]},
+    "confidence": {"sigma": None},
+    "blocks": {"block_length": paper_settings(RESPONSE_LENGTH)["dual"]["block_length"]},
+    "prior": {},
 }
 
 
@@ -205,7 +205,7 @@ def test_d2cache_writes_whole_answers_with_a_seventh_of_the_work(embedded):
     for start in range(0, 32, TEST_GROUP):
         group = PROBLEMS[start : start + TEST_GROUP]
         for name in whole:
-            states = watch(embedded, group, settings(RESPONSE_LENGTH)[name])
+            states = watch(embedded, group, paper_settings(RESPONSE_LENGTH)[name])
             share = torch.stack([state.chosen for state in states]).float().mean().item()
             assert share < 0.15
             for (question, _), text in zip(group, answers(embedded, states), strict=True):
@@ -215,4 +215,4 @@ def test_d2cache_writes_whole_answers_with_a_seventh_of_the_work(embedded):
 
 def test_full_refresh_is_vanilla_on_the_trained_model_too(embedded, vanilla):
     everything = watch(embedded, FIRST[:2], {"policy": D2Cache(k=512, p=1)})
-    assert torch.equal(everything[-1].tokens, vanilla["confidence"][-1].tokens[:2])
+    assert torch.equal(everything[-1].tokens, vanilla["prior"][-1].tokens[:2])

@@ -1,0 +1,85 @@
+"""Policies with a memory against their rules, worked out by hand on a few steps.
+
+That they keep the contract is tried with that of all others: they are in strategies.POLICIES.
+"""
+
+import torch
+from d2cache import State, decode, nucleus
+
+from entropy_cache import EntropyCache
+from oldest_first import OldestFirst
+from strategies import ModelSpec
+from vicinity import Vicinity
+from window_diffusion import WindowDiffusion
+
+SPEC = ModelSpec(2, 1, 2, 4, vocab_size=12, seed=3)
+
+
+def chosen_in_each_step(policy, gen_length, block_length):
+    """Positions that each step recomputes, after a prompt of three tokens, 0 to 2."""
+    prompt = torch.tensor([[1, 2, 3]])
+    arguments = {"gen_length": gen_length, "block_length": block_length, "policy": policy}
+    steps = decode(SPEC.build(), prompt, **arguments)
+    return [state.chosen[0].nonzero()[:, 0].tolist() for state in steps]
+
+
+def state(decoded_at, recomputed_at=None, confidence=None, influence=None):
+    """After step 5: two tokens of prompt, then decoded in these steps; 0 is masked, all one block."""
+    decoded_at = torch.tensor([[0, 0, *decoded_at]])
+    response = torch.arange(decoded_at.shape[1])[None] >= 2
+    ones = torch.ones(decoded_at.shape)
+    return State(
+        tokens=decoded_at,
+        known=(decoded_at > 0) | ~response,
+        decoded_at=decoded_at,
+        recomputed_at=torch.tensor([recomputed_at or [0] * decoded_at.shape[1]]),
+        confidence=ones if confidence is None else torch.tensor([confidence]),
+        influence=ones if influence is None else torch.tensor([influence]),
+        density=ones,
+        block=response,
+        step=5,
+    )
+
+
+def chosen(policy, state):
+    return policy.choose(state)[0].nonzero()[:, 0].tolist()
+
+
+def test_vicinity_recomputes_the_block_and_its_margins_after_the_first_steps():
+    """Blocks 3-6, 7-10, 11-14. Steps 1 and 2 are the warm-up, 5 and 9 the first of their blocks."""
+    every = list(range(15))
+    first, second, third = list(range(1, 9)), list(range(5, 13)), list(range(9, 15))
+    expected = [every, every, first, first, every, *[second] * 3, every, *[third] * 3]
+    assert chosen_in_each_step(Vicinity(margin=2, warmup=2), 12, 4) == expected
+
+
+def test_window_diffusion_recomputes_the_window_and_what_was_decoded_since_the_refresh():
+    """Blocks of one: step s decodes position s + 2. Steps 1 and 5 refresh; what they decode, 3 and
+    7, is recomputed in the next step alone."""
+    every = list(range(11))
+    rows = [every, [3, 4, 5], [4, 5, 6], [4, 5, 6, 7], every, [7, 8, 9], [8, 9, 10], [8, 9, 10]]
+    assert chosen_in_each_step(WindowDiffusion(n=4, active=2), 8, 1) == rows
+
+
+def test_entropy_cache_recomputes_everything_only_after_an_unsure_step():
+    """Positions 3 and 6 are decoded by step 5, with confidence .9 and .5: -log is .105 and .693."""
+    confidence = [1.0, 1.0, 0.1, 0.9, 0.1, 0.1, 0.5, 0.1]
+    state_5 = state([2, 5, 0, 4, 5, 0], confidence=confidence)
+    assert chosen(EntropyCache(threshold=0.69, k=3), state_5) == list(range(8))
+    assert chosen(EntropyCache(threshold=0.70, k=3), state_5) == [3, 4, 5, 6, 7]
+    assert chosen(EntropyCache(threshold=0.70, k=4), state_5) == [2, 3, 4, 5, 6, 7]
+    assert chosen(EntropyCache(threshold=0.70, k=1), state_5) == [3, 4, 6, 7]
+
+
+def test_oldest_first_recomputes_as_many_as_the_nucleus_of_those_longest_ago():
+    """Of the known 0 to 3, last recomputed in steps 4 2 1 5, the nucleus would be 3 and 0."""
+    influence = [3.0, 0.5, 0.5, 4.0, 9.0, 9.0]
+    state_5 = state([1, 4, 0, 0], recomputed_at=[4, 2, 1, 5, 5, 5], influence=influence)
+    policy = OldestFirst(k=1, p=0.6)
+    assert nucleus(state_5.influence, 0.6, state_5.known).tolist()[0][:4] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert chosen(policy, state_5) == [1, 2, 4]
