@@ -8,8 +8,9 @@ import json
 import math
 import time
 
-import model  # noqa: F401  (first: it quiets torch's import)
-import torch
+from model import Config, Transformer
+
+import torch  # after model, which keeps its import quiet
 import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
 from safetensors import TensorSpec, serialize_file
@@ -64,11 +65,12 @@ def shape(n_layers, n_tokens):
     }
 
 
-def initialise(model):
-    """Weights that copy from the first step on.
+def new_model(shape):
+    """A model whose weights copy from the first step on.
 
     Keys resemble queries, values pass through, the head resembles the embedding.
     """
+    model = Transformer(Config(**shape))
     depth = math.sqrt(2 * len(model.blocks))
     nn.init.normal_(model.wte.weight, std=0.1)
     with torch.no_grad():
@@ -82,10 +84,11 @@ def initialise(model):
             block.k_proj.weight.lerp_(block.q_proj.weight, 0.5)
             block.attn_out.weight.copy_(0.15 * block.v_proj.weight.T)
             block.ff_out.weight /= depth
+    return model
 
 
 def look_back(model, distances, strength=5.0, pairs=5):
-    """Let heads of the first layer start out looking so many tokens back; below 0, ahead.
+    """Let heads of the first layer start out looking so many tokens back.
 
     All embeddings get a direction in common. From it every query gets the same q, and every key
     the k that RoPE, over that distance, turns into q; in the `pairs` channel pairs that turn most.

@@ -4,12 +4,12 @@
     Monday: Robert now Bob meets Katherine. Tuesday: William now Will meets Bob. ...
 
 The answer copies the question. Where a person is first met it may give a nickname, one of two, and
-does so in half of the cases: nothing foretells whether, or which. From then on the person is called
-that. So a name of the question means another one as soon as the answer has said so: the keys and
-values of the prompt go out of date, and a cache that keeps them says the old name.
+mostly does: nothing foretells which. From then on the person is called that. So a name of the
+question means another one as soon as the answer has said so: the keys and values of the prompt go
+out of date, and a cache that keeps them says the old name.
 
-Many answers are right, so `is_right` judges. `python tests/diary/problems.py` writes problems.jsonl,
-the held-out problems; `... problems.py 7 fresh.jsonl` others.
+Many answers are right, so `is_right` judges. `python tests/diary/problems.py` writes
+problems.jsonl, the held-out problems; `... problems.py 7 fresh.jsonl` others.
 """
 
 import json
@@ -32,11 +32,11 @@ NICKNAMES = {
 NAMES = [*NICKNAMES, *sum(NICKNAMES.values(), [])]
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 PEOPLE = 4  # in a diary; everybody meets everybody
-NICKNAMED = 0.5  # of the people
+NICKNAMED = 0.7  # of the people
 
 EOS, MASK, UNKNOWN = 0, 1, 2
 SPECIAL_TOKENS = ["<eos>", "[MASK]", "<unk>"]
-GEN_LENGTH = 48  # the longest answer has 44 tokens
+RESPONSE_LENGTH = 48  # the longest answer has 44 tokens
 TRAIN_SEED = 1
 TEST_SEED = 2
 TEST_PROBLEMS = 200
@@ -108,6 +108,12 @@ def is_right(question, text):
     return True
 
 
+def draw_problems(seed):
+    """The held-out problems of a seed: (question, answer)."""
+    rng = random.Random(seed)
+    return [problem(rng) for _ in range(TEST_PROBLEMS)]
+
+
 def main():
     """Write the held-out problems; with a seed and a file as arguments, fresh ones."""
     seed = TEST_SEED
@@ -115,9 +121,7 @@ def main():
     if len(sys.argv) == 3:
         seed = int(sys.argv[1])
         path = Path(sys.argv[2])
-    rng = random.Random(seed)
-    problems = [problem(rng) for _ in range(TEST_PROBLEMS)]
-    lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in problems]
+    lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in draw_problems(seed)]
     path.write_text("".join(lines), encoding="utf-8")
 
 

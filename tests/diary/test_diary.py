@@ -15,11 +15,12 @@ from model import Transformer, decode_response, encode_prompt, load_tokenizer
 import training
 from diary import train
 from diary.problems import (
-    GEN_LENGTH,
+    RESPONSE_LENGTH,
     NAMES,
     SPECIAL_TOKENS,
-    TEST_PROBLEMS,
     TEST_SEED,
+    TRAIN_SEED,
+    draw_problems,
     is_right,
     make_tokenizer,
     problem,
@@ -70,12 +71,11 @@ def test_every_problem_is_right_and_read_by_the_tokenizer(seed):
     for text in (question, answer):
         ids = tokenizer.encode(text).ids
         assert min(ids) >= len(SPECIAL_TOKENS) and tokenizer.decode(ids) == " " + text
-    assert len(tokenizer.encode(answer)) < GEN_LENGTH
+    assert len(tokenizer.encode(answer)) < RESPONSE_LENGTH
 
 
 def test_held_out_problems_are_those_of_the_test_seed():
-    rng = random.Random(TEST_SEED)
-    assert PROBLEMS == [problem(rng) for _ in range(TEST_PROBLEMS)]
+    assert PROBLEMS == draw_problems(TEST_SEED) and TEST_SEED != TRAIN_SEED
 
 
 def test_the_checkpoint_has_the_shape_and_the_tokenizer_that_train_py_trains():
@@ -115,15 +115,15 @@ def solved(policy, sigma):
     model = Transformer.from_pretrained(WORLD)
     tokenizer = load_tokenizer(WORLD)
     prompt = torch.cat([encode_prompt(tokenizer, question) for question, _ in PROBLEMS[:24]])
-    tokens = generate(model, prompt, GEN_LENGTH, policy=policy, sigma=sigma)
+    tokens = generate(model, prompt, RESPONSE_LENGTH, policy=policy, sigma=sigma)
     right = 0
-    for (question, _), response in zip(PROBLEMS, tokens[:, -GEN_LENGTH:]):
+    for (question, _), response in zip(PROBLEMS, tokens[:, -RESPONSE_LENGTH:]):
         right += is_right(question, decode_response(tokenizer, response, model.config.end_ids))
     return right
 
 
 def test_d2cache_uses_the_nicknames_and_without_its_second_stage_does_not():
-    k = GEN_LENGTH // 8
-    sigma = 10 * GEN_LENGTH / 256
+    k = RESPONSE_LENGTH // 8
+    sigma = 10 * RESPONSE_LENGTH / 256
     assert solved(D2Cache(k, 0.1, sigma), sigma) >= 22
     assert solved(WithoutStage2(k, 0.1, sigma), sigma) <= 6

@@ -19,13 +19,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
-from model import Config, Transformer, rope, rotate  # noqa: E402
+from model import rope, rotate  # noqa: E402
 
 import torch  # noqa: E402  (after model, which keeps its import quiet)
 import torch.nn.functional as F  # noqa: E402
 
 from diary.problems import (  # noqa: E402
-    GEN_LENGTH,
+    RESPONSE_LENGTH,
     NAMES,
     TRAIN_SEED,
     make_tokenizer,
@@ -36,8 +36,8 @@ from training import (  # noqa: E402
     MASK,
     Problems,
     graded_loss,
-    initialise,
     look_back,
+    new_model,
     random_masks,
     save,
     shape,
@@ -45,7 +45,7 @@ from training import (  # noqa: E402
     train,
 )
 
-STEPS = 3000
+STEPS = 2000
 SUFFIX_RATE = 0.5  # of the steps
 SUFFIX_GRADED = 8  # tokens, about one sentence
 QUESTION_WEIGHT = 0.5
@@ -141,12 +141,12 @@ def main():
     rng = random.Random(arguments.seed)
     tokenizer = make_tokenizer()
     problems = Problems(partial(problem, rng), tokenizer)
-    model = Transformer(Config(**SHAPE))
-    initialise(model)
+    model = new_model(SHAPE)
     look_back(model, distances=(1, 2, 3))
 
     def losses(step):
-        return step_losses(model, rng, problems.batch(GEN_LENGTH), tokenizer, arguments.without)
+        batch = problems.batch(RESPONSE_LENGTH)
+        return step_losses(model, rng, batch, tokenizer, arguments.without)
 
     train(model, STEPS, losses)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -26,10 +26,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
-from model import Config, Transformer  # noqa: E402
-
-import torch  # noqa: E402  (after model, which keeps its import quiet)
-
 from tiny.problems import (  # noqa: E402
     DAYS,
     EVENTS,
@@ -45,12 +41,14 @@ from training import (  # noqa: E402
     Problems,
     diffusion_loss,
     drill_loss,
-    initialise,
+    new_model,
     save,
     shape,
     suffix_masks,
     train,
 )
+
+import torch  # noqa: E402  (after training, which keeps its import quiet)
 
 STEPS = 7600
 POLISH_STEPS = 400
@@ -207,8 +205,7 @@ def main():
     rng = random.Random(TRAIN_SEED)
     tokenizer = make_tokenizer()
     problems = Problems(partial(problem, rng), tokenizer)
-    model = Transformer(Config(**SHAPE))
-    initialise(model)
+    model = new_model(SHAPE)
     train(model, STEPS, lambda step: step_losses(model, problems, rng, step / STEPS))
     polish(model, tokenizer)
     save(HERE, SHAPE, model, tokenizer)
