@@ -16,7 +16,6 @@ import training
 from diary import train
 from diary.problems import (
     RESPONSE_LENGTH,
-    NAMES,
     SPECIAL_TOKENS,
     TEST_SEED,
     TRAIN_SEED,
@@ -84,29 +83,11 @@ def test_the_checkpoint_has_the_shape_and_the_tokenizer_that_train_py_trains():
     assert load_tokenizer(WORLD).to_str() == make_tokenizer().to_str()
 
 
-def test_the_forward_pass_of_the_training_is_the_model_s_where_all_is_visible():
-    model = Transformer.from_pretrained(WORLD)
-    tokens = torch.arange(40).reshape(2, 20) % model.config.vocab_size
-    hidden = train.hidden_states(model, tokens, torch.ones(2, 20, 20, dtype=torch.bool))
-    torch.testing.assert_close(hidden, model.hidden_states(tokens)[0])
-
-
-def test_a_detour_hides_the_far_names_of_the_answer_from_masked_positions():
-    text = QUESTION + " " + RIGHT["as asked"]
-    tokenizer = make_tokenizer()
-    tokens = torch.tensor([tokenizer.encode(text).ids])  # 12 of the question, then as many
-    names = [tokenizer.token_to_id(" " + name) for name in NAMES]
-    masked = torch.arange(24)[None] == 22
-    visible = train.detour(tokens, 12, masked, names)
-    assert (~visible).nonzero().tolist() == [[0, 22, 14], [0, 22, 16]]
-
-
 def test_the_names_of_a_question_mean_what_its_answer_calls_them_after_the_first_mention():
     tokenizer = make_tokenizer()
     prompt = tokenizer.encode(QUESTION).ids
     tokens = torch.tensor([prompt + tokenizer.encode(RIGHT["one nickname"]).ids])
-    names = [tokenizer.token_to_id(" " + name) for name in NAMES]
-    meant, later = train.meant_names(tokens, len(prompt), names, tokenizer.token_to_id(" now"))
+    meant, later = train.meant_names(tokenizer, tokens, len(prompt))
     assert tokenizer.decode(meant[later].tolist()) == " Bob"
 
 
