@@ -9,7 +9,7 @@ import torch
 from model import Config, Transformer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from tiny.train import save_tensors
+from training import save_tensors
 
 PREFIX = "model.transformer."
 INDEX = "model.safetensors.index.json"

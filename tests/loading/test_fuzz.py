@@ -18,7 +18,7 @@ from model import Config, Transformer, decode_response, encode_prompt, load_toke
 from safetensors.torch import load_file
 
 from d2cache import D2Cache, generate
-from tiny.train import save_tensors
+from training import save_tensors
 
 ROWS = len(VOCAB) + 10
 PROMPT = "the hello, 42 <|eot_id|>"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 from d2cache import (  # noqa: E402
     EMBEDDED_MODEL,
@@ -38,7 +38,7 @@ from model import (  # noqa: E402
     load_tokenizer,
 )
 
-from problems import SAMPLE  # noqa: E402
+from tiny.problems import SAMPLE  # noqa: E402
 
 import torch  # noqa: E402  (after model, which keeps its import quiet)
 import torch.nn.functional as F  # noqa: E402

@@ -14,11 +14,11 @@ from itertools import accumulate
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 from d2cache import EMBEDDED_MODEL, decode, load_policy, paper_settings, roles  # noqa: E402
 from model import Transformer, encode_prompt, load_tokenizer, require  # noqa: E402
-from problems import SAMPLE  # noqa: E402
+from tiny.problems import SAMPLE  # noqa: E402
 
 GEN_LENGTH = 64
 END_OF_TEXT = "<eos>"

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model import Transformer, decode_response, encode_prompt, load_tokenizer
 
+import training
 from tiny import train
 from tiny.problems import (
     EVENTS,
@@ -151,7 +153,7 @@ def test_checkpoint_fits_the_problems(embedded):
 
 def test_the_checkpoint_has_the_shape_that_train_py_trains():
     config = json.loads((EMBEDDED_MODEL / "config.json").read_text(encoding="utf-8"))
-    assert config == train.SHAPE | train.ARCHITECTURE
+    assert config == train.SHAPE | training.ARCHITECTURE
 
 
 @given(st.integers(0, 2**32))
@@ -159,7 +161,8 @@ def test_a_drill_hides_a_result_together_with_its_copy(seed):
     """Else it could be read off. What is hidden is digits only, and of the answer only."""
     rng = random.Random(seed)
     tokenizer = make_tokenizer()
-    batch, prompt_length = train.Problems(rng, tokenizer).batch(EVENTS, RESPONSE_LENGTH, 0.0)
+    problems = training.Problems(partial(problem, rng), tokenizer)
+    batch, prompt_length = problems.batch(RESPONSE_LENGTH, EVENTS, train.NO_DIRECT)
     masked, weight = train.chain_drill(rng, tokenizer, batch, prompt_length)
     assert torch.equal(masked, weight > 0) and not masked[:, :prompt_length].any()
     for ids, hidden in zip(batch.tolist(), masked.tolist()):
@@ -173,7 +176,7 @@ def test_a_drill_hides_a_result_together_with_its_copy(seed):
 @given(st.integers(0, 2**32))
 def test_a_suffix_drill_hides_all_from_some_token_on(seed):
     tokens = torch.zeros(3, 30 + RESPONSE_LENGTH, dtype=torch.long)
-    masked, weight = train.suffix_drill(random.Random(seed), tokens, prompt_length=30)
+    masked, weight = training.suffix_masks(random.Random(seed), tokens, 30, graded=10)
     for hidden, graded in zip(masked.tolist(), weight.tolist()):
         first = hidden.index(True)
         assert 30 <= first and all(hidden[first:])
