@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent
 GRADER = ROOT / "tests" / "scoring" / "scores.py"  # of --data
 # A world is a folder: a checkpoint, problems.jsonl, and problems.py with is_right(question, text),
 # draw_problems(seed) and the RESPONSE_LENGTH that the model is trained for.
-WORLDS = {"tiny": EMBEDDED_MODEL}
+WORLDS = {"tiny": EMBEDDED_MODEL, "diary": ROOT / "tests" / "diary"}
 THRESHOLD = 0.9  # of the rows that commit several tokens in a step
 
 RUNS = 3  # timed decodes of a row
@@ -737,8 +737,9 @@ def make_parser():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
 
     add = parser.add_argument_group("quality").add_argument
+    add("--world", choices=WORLDS, help="of this embedded model alone, and no speed")
     add("--data", help="JSON lines to score, as GSM8K or MBPP has them")
-    add("--problems", type=int, default=24, help="how many of them (24)")
+    add("--problems", type=int, default=16, help="how many of them (16)")
     add("--fresh", type=int, help="of the worlds: problems drawn anew with this seed")
     add("--shots", type=int, default=0, help="so many pairs before them are worked examples (0)")
     add("--run-code", action="store_true", help="MBPP: EXECUTE HERE what the model wrote")
@@ -767,8 +768,9 @@ def check(args):
         require(value is None or lowest <= value < math.inf, fault)
     require(args.seed < 2**63, f"--seed is {args.seed}, should be below 2^63")
 
-    fault = "--fresh is of the worlds' own problems, --data and --model have none"
-    require(args.fresh is None or not (args.data or args.model), fault)
+    fault = "--fresh and --world are of the embedded models, without --data and --model"
+    embedded = args.fresh is None and args.world is None
+    require(embedded or not (args.data or args.model), fault)
     needs = {"revision": "model", "prompt": "model", "shots": "data", "run_code": "data"}
     for flag, other in needs.items():
         fault = f"--{flag.replace('_', '-')} needs --{other}"
@@ -832,7 +834,8 @@ def read_world(folder, n, fresh=None):
 def load_model(args, source):
     """Model and tokenizer of a folder or a hub id."""
     tokenizer = load_tokenizer(source, args.revision)
-    encode_prompt(tokenizer, args.prompt or EXAMPLE)  # may be refused, before the weights are read
+    if args.model:
+        encode_prompt(tokenizer, args.prompt or EXAMPLE)  # or refused, before weights are read
     model = Transformer.from_pretrained(source, args.device, args.dtype, args.revision)
     if model.wte.weight.is_cuda:
         torch.cuda.set_device(model.wte.weight.device)  # the one to wait for and to measure
@@ -840,13 +843,14 @@ def load_model(args, source):
 
 
 def tasks(args):
-    """The checkpoint of --model; or every embedded model, with --data the first one alone."""
+    """The checkpoint of --model; or the embedded models, with --data the first one alone."""
     data = read_data(args) if args.data else {}
     if args.model:
         model, tokenizer = load_model(args, args.model)
         yield Task(args.model, model, tokenizer, args.gen_length or 256, **data)
         return
-    for name, folder in WORLDS.items():
+    for name in [args.world] if args.world else WORLDS:
+        folder = WORLDS[name]
         fields = read_world(folder, args.problems, args.fresh) | data
         model, tokenizer = load_model(args, folder)
         yield Task(name, model, tokenizer, **fields)
@@ -947,7 +951,8 @@ def reports(args):
     own = []
     if args.policy:
         own = [(args.policy.partition(".py:")[2], load_policy(args.policy))]
-    if not args.model:
+    timed = not args.model and not args.world
+    if timed:
         race, name = race_of(args)
         block_length_of(args, race.gen_length)
 
@@ -964,7 +969,7 @@ def reports(args):
             prompt = encode_prompt(task.tokenizer, text).to(args.device)
             prompt = prompt.repeat(args.batch or 1, 1)
             yield report_speed(args, task.name, task.model, prompt, task.gen_length, own)
-    if not args.model:
+    if timed:
         yield from report_race(args, race, name, own)
 
 

@@ -212,10 +212,17 @@ def test_fresh_problems_are_those_of_their_seed_and_can_be_judged():
     assert answers(fresh=2) == answers()  # the seed of the file
 
 
+def test_a_world_alone_is_not_timed(command):
+    text, numbers = command("--world", "diary", "--problems", 1, "--fresh", 3)
+    assert list(numbers) == ["run", "answers", "quality"]
+    assert numbers["quality"][0]["model"] == "diary" and "now" in text
+
+
 def test_the_quality_table_is_what_decoding_each_problem_alone_gives(embedded_run):
     """In batches of two: padding and company change nothing."""
     text, numbers = embedded_run
-    (table,) = numbers["quality"]
+    assert [table["model"] for table in numbers["quality"]] == list(bench.WORLDS)
+    table = numbers["quality"][0]
     problems = bench.read_world(EMBEDDED_MODEL, 3)["problems"]
     by_prior = paper_settings(64)["d2cache"]
     ours = [answer(problem.question, 64, **by_prior) for problem in problems]
@@ -227,14 +234,14 @@ def test_the_quality_table_is_what_decoding_each_problem_alone_gives(embedded_ru
     assert 0.85 < row["reused"] < 0.88 and rows["vanilla", "prior"]["reused"] == 0
     assert rows["vanilla", "prior, from 0.9"]["tokens per forward"] > 1.5
     assert all(rows[policy, order] for policy in ("window", "d2Cache") for order in ORDERS)
-    assert numbers["answers"] == [{"prompt": problems[0].question, "d2Cache": ours[0]}]
+    assert numbers["answers"][0] == {"prompt": problems[0].question, "d2Cache": ours[0]}
     assert f"d2Cache     {ours[0]}\n" in text
 
 
 def test_printed_and_written_numbers_are_the_same(embedded_run):
     text, numbers = embedded_run
     for kind in ("quality", "speed"):
-        (table,) = numbers[kind]
+        table = numbers[kind][0]
         lines = text[text.index(f"{kind.upper()}  ") :].splitlines()[3:]
         assert re.split("  +", lines[0].strip()) == list(table["rows"][0])
         for line, row in zip(lines[1:], table["rows"]):
