@@ -1,6 +1,6 @@
 """Settings for all tests: import path, one torch thread, hypothesis profiles, the gpu marker.
 
---solution=FILE.py and --policy FILE.py:Name grade a file instead: see tests/course/grading.py.
+--solution FILE.py and --policy FILE.py:Name grade a file instead: see tests/course/grading.py.
 """
 
 import os
@@ -47,6 +47,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.args = config.args[1:] or [str(HERE)]  # without the one of .pytest.ini
     option = config.option
     if option.solution is None and option.policy is None:
         return

@@ -1,8 +1,8 @@
 """Grades a file: the laws run one by one, each in a process of its own, and earn points.
 
-`python -m pytest --solution=FILE.py` puts the functions that FILE defines in the place of ours, one
+`python -m pytest --solution FILE.py` puts the functions that FILE defines in the place of ours, one
 in each law: all others are the reference's. `--policy "FILE.py:Name(k=8)"` puts a policy through
-the laws of the contract, a point each. `--grade=results.json` writes the points as Gradescope reads
+the laws of the contract, a point each. `--grade results.json` writes the points as Gradescope reads
 them. tests/conftest.py registers this module as a plugin of pytest.
 
 The file is executed. Processes and time limits keep accidents apart, not malice: a course that

@@ -1,9 +1,10 @@
-"""`pytest --solution=FILE.py` and `--policy FILE.py:Name`: what good and bad submissions get."""
+"""`pytest --solution FILE.py` and `--policy FILE.py:Name`: what good and bad submissions get."""
 
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import d2cache
@@ -21,7 +22,7 @@ RIGHT = Path(d2cache.__file__).read_text()  # our own file is a solution
 def grade(folder, *submission, laws=("laws/test_equations.py", "course"), limit=60):
     """What each law earns, {name: entry of results.json}, and what was printed."""
     results = folder / "results.json"
-    results.unlink(missing_ok=True)
+    results.write_text("of the last time")
     paths = [ROOT / "tests" / law for law in laws]
     options = [f"--grade={results}", f"--limit={limit}", "-q"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
@@ -30,10 +31,10 @@ def grade(folder, *submission, laws=("laws/test_equations.py", "course"), limit=
         capture_output=True,
         text=True,
         timeout=300,
-        cwd=folder,
+        cwd=ROOT,
         env=environment,
     )
-    assert results.exists(), done.stdout + done.stderr
+    assert results.read_text().startswith("{"), done.stdout + done.stderr
     tests = json.loads(results.read_text())["tests"]
     return {entry["name"]: entry for entry in tests}, done.stdout
 
@@ -50,7 +51,7 @@ def lost(verdicts):
 
 def test_our_own_file_is_a_solution_with_all_points(tmp_path):
     (tmp_path / "mine.py").write_text(RIGHT)
-    verdicts, printed = grade(tmp_path, "--solution=mine.py")
+    verdicts, printed = grade(tmp_path, f"--solution={tmp_path / 'mine.py'}")
     assert lost(verdicts) == {}
     worth = grading.POINTS | grading.TOGETHER
     assert len(verdicts) == sum(map(len, worth.values()))  # each law of the table was found
@@ -74,13 +75,27 @@ FAULTS = [
 ]  # fmt: skip
 
 
+def test_a_file_in_the_clone_is_graded_as_its_author_types_it():
+    """In words of their own pytest takes files that are there for tests to run."""
+    with tempfile.TemporaryDirectory(dir=ROOT, prefix=".") as folder:
+        mine = Path(folder) / "mine.py"
+        results = Path(folder) / "results.json"
+        mine.write_text("def unpack(packed, predicted):\n    raise NotImplementedError\n")
+        results.write_text("of the last time")
+        line = [sys.executable, "-m", "pytest", "-q", "--solution", mine, "--grade", results]
+        done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=200)
+        tests = json.loads(results.read_text())["tests"]
+    parts = [entry["name"].split(": ")[0] for entry in tests]
+    assert set(parts) == {"unpack", "all together"} and "0 of " in done.stdout
+
+
 def test_every_fault_loses_the_laws_that_see_it_and_no_others(tmp_path):
     text = RIGHT
     for right, wrong in FAULTS:
         assert text.count(right) == 1, right
         text = text.replace(right, wrong)
     (tmp_path / "mine.py").write_text(text)
-    verdicts, printed = grade(tmp_path, "--solution=mine.py", limit=6)
+    verdicts, printed = grade(tmp_path, f"--solution={tmp_path / 'mine.py'}", limit=6)
     assert {part: len(laws) for part, laws in lost(verdicts).items()} == {
         "certainty_density": 3,
         "certainty_prior": 1,
@@ -142,7 +157,7 @@ def test_what_happens_to_a_file_that_cannot_be_imported_is_told(tmp_path, text, 
 
 def test_a_file_without_functions_earns_nothing_and_has_its_results(tmp_path):
     (tmp_path / "mine.py").write_text("from d2cache import nucleus\n")
-    verdicts, _ = grade(tmp_path, "--solution=mine.py")
+    verdicts, _ = grade(tmp_path, f"--solution={tmp_path / 'mine.py'}")
     assert {name.split(": ")[0] for name in verdicts} == {*grading.POINTS, *grading.TOGETHER}
     for entry in verdicts.values():
         assert entry["score"] == 0
@@ -210,7 +225,7 @@ def policies(tmp_path):
 def test_a_policy_earns_a_point_by_every_law_that_it_keeps(policies, call, broken, line):
     laws = ["laws/test_decoding.py"]
     few = ["-k", "contract or company"]
-    verdicts, _ = grade(policies, "--policy", f"mine.py:{call}", *few, laws=laws)
+    verdicts, _ = grade(policies, "--policy", f"{policies / 'mine.py'}:{call}", *few, laws=laws)
     assert {*verdicts} == {CONTRACT, COMPANY} and next(iter(verdicts)) == CONTRACT
     assert all(entry["max_score"] == 1 for entry in verdicts.values())
     if broken is None:
