@@ -41,6 +41,12 @@ TRAIN_SEED = 1
 TEST_SEED = 2
 TEST_PROBLEMS = 200
 
+SAMPLE = (
+    "Monday: Robert meets Thomas. Tuesday: Margaret meets William. Wednesday: William meets "
+    "Thomas. Thursday: Robert meets William. Friday: Thomas meets Margaret. Saturday: Margaret "
+    "meets Robert."
+)
+
 
 def vocabulary():
     """Every token's text; a word carries the space before it."""

@@ -2,18 +2,20 @@
 
 import json
 import random
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
-from bench import WithoutStage2
 from d2cache import D2Cache, generate
 from hypothesis import given
 from hypothesis import strategies as st
 from model import Transformer, decode_response, encode_prompt, load_tokenizer
 
 import training
-from diary import train
+from controls import WithoutStage2
+from diary import picture, train
 from diary.problems import (
     RESPONSE_LENGTH,
     SPECIAL_TOKENS,
@@ -108,3 +110,52 @@ def test_d2cache_uses_the_nicknames_and_without_its_second_stage_does_not():
     sigma = 10 * RESPONSE_LENGTH / 256
     assert solved(D2Cache(k, 0.1, sigma), sigma) >= 22
     assert solved(WithoutStage2(k, 0.1, sigma), sigma) <= 6
+
+
+# ---- The picture
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return picture.runs()
+
+
+def test_d2cache_reads_a_name_again_where_it_is_needed_and_a_window_does_not(runs):
+    """In the step that says it, or the one before; the window's wrong names are crossed out."""
+    ours, window = runs
+    for step, question, _, right in picture.names_read(ours):
+        lit = ours.steps[step]["known"] + ours.steps[step - 1]["known"]
+        assert right and question in lit
+    read = picture.names_read(window)
+    assert any(not right for *_, right in read)
+    assert not any(
+        position < window.prompt_length for step in window.steps[1:] for position in step["known"]
+    )
+
+
+def test_rings_and_crosses_stand_where_names_are_read_and_wrong(runs):
+    for run in runs:
+        drawn = picture.marks(run, top=100)
+        read = picture.names_read(run)
+        assert drawn.count("ring") == len(read) > 3
+        assert drawn.count("cross") == [right for *_, right in read].count(False)
+        step, question, *_ = read[0]
+        width = picture.column_width(run)
+        x = picture.LEFT + width * (question + 0.5)
+        assert f'cx="{x:g}" cy="{100 + picture.ROW * (step + 0.5):g}"' in drawn
+
+
+def test_the_picture_at_hand_shows_the_model_at_hand(runs):
+    """Words and marks, not every cell: round-off may choose others on another machine."""
+    at_hand = ElementTree.parse(WORLD / "map.svg").getroot()
+    drawn = ElementTree.fromstring(picture.draw(runs))
+    shown = [[element.get("class"), element.text] for element in at_hand.iter() if is_mark(element)]
+    assert shown == [
+        [element.get("class"), element.text] for element in drawn.iter() if is_mark(element)
+    ]
+
+
+def is_mark(element):
+    """A word, a ring or a cross; texts with numbers are shares."""
+    word = element.tag.endswith("text") and not re.search(r"\d", element.text or "")
+    return word or element.get("class") in ("ring", "cross")
