@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from d2cache import EMBEDDED_MODEL, EXAMPLE, D2Cache, RecomputeAll, choose_positions
-from d2cache import count_and_check, decode, generate, highest, load_module, load_policy, pack
+from d2cache import EXAMPLE, WORLDS, D2Cache, RecomputeAll, choose_positions
+from d2cache import count_and_check, decode, load_module, load_policy, pack
 from d2cache import paper_settings, predict, recompute, run_program
 from model import DTYPES, Config, KVCache, Transformer, decode_response, encode_prompt
 from model import load_tokenizer, require
@@ -35,15 +35,12 @@ from huggingface_hub.utils import tqdm
 
 ROOT = Path(__file__).resolve().parent
 GRADER = ROOT / "tests" / "scoring" / "scores.py"  # of --data
-# A world is a folder: a checkpoint, problems.jsonl, and problems.py with is_right(question, text),
-# draw_problems(seed) and the RESPONSE_LENGTH that the model is trained for.
-WORLDS = {"tiny": EMBEDDED_MODEL, "diary": ROOT / "tests" / "diary"}
+CONTROLS = ROOT / "tests" / "policies" / "controls.py"  # d2Cache with a part replaced or left out
 THRESHOLD = 0.9  # of the rows that commit several tokens in a step
 
 RUNS = 3  # timed decodes of a row
 LONG_RUN = 3.0  # seconds, after which no further decode of the row is started
 VANILLA_STEPS = 4  # timed steps of a vanilla decode, whose steps are alike
-CURVE_STEPS = 12  # timed steps of a decode of d2Cache for the curve
 
 LLADA_8B_SHAPE = Config(
     d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288,
@@ -57,30 +54,29 @@ CPU_SHAPE = replace(  # an eighth as wide and a quarter as deep
 LLADA_8B_BYTES = 23e9  # tensors and graphs 22 GB (weights 16), CUDA's context and libraries 1
 
 
-# Timed without a checkpoint: a table for each length in `prompts`, a curve over those in `curve`.
-Race = namedtuple("Race", "config dtype prompts curve gen_length batch")
+# Timed without a checkpoint: a table for each length in `prompts`.
+Race = namedtuple("Race", "config dtype prompts gen_length batch")
 LLADA_8B_RACE = Race(
-    LLADA_8B_SHAPE, torch.bfloat16, prompts=(128, 896, 3840), curve=(), gen_length=256, batch=1
+    LLADA_8B_SHAPE, torch.bfloat16, prompts=(128, 896, 3840), gen_length=256, batch=1
 )
 # On a CPU two sequences at once: one alone leaves small matrices, and waits for the memory.
-CPU_RACE = Race(
-    CPU_SHAPE, torch.float32, prompts=(384,), curve=(128, 384, 1024), gen_length=64, batch=2
-)
+CPU_RACE = Race(CPU_SHAPE, torch.float32, prompts=(384,), gen_length=64, batch=2)
 
 # ---- Tables --------------------------------------------------------------------------------------
 
-SHARES = ("exact match", "pass@1", "strict", "same text", "reused", "same x reused")  # in %
+SHARES = ("match", "solved", "pass@1", "strict", "text", "same", "reused")  # last words, in %
 EXPLAINED = {  # a line under the title of a table
     "quality": "only it, only exact: problems that this row alone solves, or exact decoding "
     "(vanilla) in the same order; same text: as that; same x reused: to rank policies by",
+    "worlds": "same: the same text as exact decoding (vanilla) in the same order; same x reused: "
+    "the mean of the worlds, to rank policies by",
     "speed": f"medians of the runs, of vanilla's first {VANILLA_STEPS} steps; floor: reading all "
     "weights, or above `ridge rows` the arithmetic; at best: the speed-up of a step at its floor",
-    "curve": f"ms per step, from the first steps of a decode: {VANILLA_STEPS} of vanilla, "
-    f"{CURVE_STEPS} of d2Cache",
 }
 
 
-# A row to be measured: who decodes, in which order, the arguments of `decode`, in the speed table?
+# A row to be measured: who decodes, in which order, with which arguments of `decode`; whether it is
+# timed, or only in the quality table.
 Row = namedtuple("Row", "policy order arguments timed")
 
 
@@ -91,7 +87,7 @@ def cell(name, value):
     if isinstance(value, tuple):
         return " to ".join(f"{bound:.1%}" for bound in value)
     if isinstance(value, float):
-        return f"{value:.1%}" if name in SHARES else f"{value:,.2f}"
+        return f"{value:.1%}" if name.split()[-1] in SHARES else f"{value:,.2f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -112,12 +108,8 @@ def table_text(rows):
     return "\n".join(lines)
 
 
-def report(kind, name, model, settings, rows, notes):
-    """A table of a model: its kind, the text to print, the numbers to write."""
-    weight = model.wte.weight
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    facts = {"model": name, "parameters": parameters, "dtype": str(weight.dtype)}
-    facts["device"] = device_name(weight.device)
+def report(kind, facts, settings, rows, notes):
+    """A table: its kind, the text to print, the numbers to write."""
     lines = [
         f"{kind.upper()}  {listed(facts)}",
         EXPLAINED[kind],
@@ -128,6 +120,17 @@ def report(kind, name, model, settings, rows, notes):
         lines.append(listed(notes))
     lines.append("")
     return kind, "\n".join(lines), facts | settings | {"rows": rows} | notes
+
+
+def facts_of(name, model):
+    """What a table says of the model that was measured."""
+    weight = model.wte.weight
+    return {
+        "model": name,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(weight.dtype),
+        "device": device_name(weight.device),
+    }
 
 
 def listed(facts):
@@ -143,13 +146,15 @@ def device_name(device):
 
 
 def no_terminal():
-    """Whether stderr is none, and gets no progress bars; a closed one is None."""
+    """Whether stderr shows no progress bars: it is closed, which makes it None, or a file."""
     return sys.stderr is None or not sys.stderr.isatty()
 
 
 # ---- Quality -------------------------------------------------------------------------------------
 
-Problem = namedtuple("Problem", "where question prompt answer")  # the grader's have these, too
+# What is judged, and what the model reads: --shots puts worked examples before the question. `where`
+# names it in messages. The grader's problems have these fields, too.
+Problem = namedtuple("Problem", "where question prompt answer")
 
 
 @dataclass(frozen=True)
@@ -170,55 +175,12 @@ class Task:
 Outcome = namedtuple("Outcome", "texts right strict forwards shares")
 
 
-class RandomStage1(D2Cache):
-    """Control: as many masked positions as d2Cache takes, but any."""
-
-    def about_to_be_decoded(self, state):
-        return highest(torch.rand_like(state.confidence), state.masked, self.k)
-
-
-class WindowStage1(D2Cache):
-    """Control: as many masked positions as d2Cache takes, but the first ones of the block."""
-
-    def about_to_be_decoded(self, state):
-        to_decode = state.masked & state.block
-        return to_decode & (to_decode.cumsum(dim=1) <= self.k)
-
-
-class RandomStage2(D2Cache):
-    """Control: as many known positions as d2Cache takes, but any."""
-
-    def attended(self, state):
-        n = super().attended(state).sum(dim=1, keepdim=True)
-        return highest(torch.rand_like(state.confidence), state.known, n)
-
-
-class WithoutStage2(D2Cache):
-    """Control: of the known positions only those just decoded."""
-
-    uses_attention = False
-
-    def attended(self, state):
-        return torch.zeros_like(state.known)
-
-
-CONTROLS = {
-    "  stage 1 at random": RandomStage1,
-    "  stage 1 a window": WindowStage1,
-    "  stage 2 at random": RandomStage2,
-    "  without stage 2": WithoutStage2,
-}
-
-
-def d2cache_of(gen_length):
-    """The paper's policy for a response of this length."""
-    return paper_settings(gen_length)["d2cache"]["policy"]
-
-
 def make_plan(gen_length, block_length, own):
     """Rows of both tables; vanilla, which is exact, comes first in every order.
 
-    own: (name, policy) of --policy, which stands beside what it is compared with and no more.
+    Vanilla, window and d2Cache decode in all three orders, and so does own, {name: policy} of
+    --policy. Without one there are the other caches, the controls, and a threshold, too. Timed are
+    all caches in the order that is theirs, and --policy in every one.
     """
     orders = {
         "confidence": {"sigma": None},
@@ -226,7 +188,6 @@ def make_plan(gen_length, block_length, own):
         "prior": {},
     }
     ours = {name: arguments["policy"] for name, arguments in paper_settings(gen_length).items()}
-    own = dict(own)
     plan = []
 
     def add(name, policy, order, timed):
@@ -241,7 +202,7 @@ def make_plan(gen_length, block_length, own):
 
     for name in ("prefix", "dual", "delayed"):
         add(f"{name} cache", ours[name], "blocks", timed=True)
-    for name, control in CONTROLS.items():
+    for name, control in load_module(CONTROLS).CONTROLS.items():
         add(name, control(**vars(ours["d2cache"])), "prior", timed=False)
     for name in ("vanilla", "d2Cache"):
         arguments = {"policy": compared[name], "threshold": THRESHOLD}
@@ -377,6 +338,21 @@ def measure_quality(task, prompts, plan, batch, temperature, seed):
     return rows
 
 
+def side_by_side(tables):
+    """Quality tables of several worlds, {name: rows}, as one with a few columns for each."""
+    merged = []
+    for rows in zip(*tables.values()):
+        row = {"policy": rows[0]["policy"], "order": rows[0]["order"]}
+        for name, cells in zip(tables, rows):
+            row[f"{name} solved"] = cells["exact match"]
+            row[f"{name} same"] = cells["same text"]
+            row[f"{name} reused"] = cells["reused"]
+        ranks = [cells["same x reused"] for cells in rows]
+        row["same x reused"] = None if None in ranks else statistics.mean(ranks)
+        merged.append(row)
+    return merged
+
+
 def sampling(temperature, seed, device):
     """Reseed torch, for the controls; the arguments of `decode` that draw tokens, if any are."""
     torch.manual_seed(seed)
@@ -470,7 +446,8 @@ def ridge_rows(element_size, rates):
 def row_counts(policy, states):
     """(rows through the layers, rows through the head) of every step, in all sequences.
 
-    Through the head go the masked positions that the policy chose; for Dream, `chosen` holds more.
+    Through the head go the masked positions that the policy chose. A State does not tell: for Dream
+    `chosen` holds more. So the policy is asked again; its answer depends on the state alone.
     """
     counts = []
     before = None
@@ -547,14 +524,14 @@ def measure_speed(model, prompt, gen_length, plan, rates):
 
     But not replayed if the policy has a forward pass of its own.
     """
-    twice = []
+    ways = []
     for row in plan:
         if row.timed:
-            twice.append((row, False))
-        if row.timed and prompt.is_cuda and not hasattr(row.arguments["policy"], "recompute"):
-            twice.append((row, True))
+            ways.append((row, False))
+            if prompt.is_cuda and not hasattr(row.arguments["policy"], "recompute"):
+                ways.append((row, True))
     timings = []
-    for row, replayed in tqdm(twice, desc="speed", unit="row", disable=no_terminal()):
+    for row, replayed in tqdm(ways, desc="speed", unit="row", disable=no_terminal()):
         timings.append(time_row(model, prompt, gen_length, row, replayed, rates))
     return timings
 
@@ -585,8 +562,8 @@ def speed_rows(timings, batch):
 def measure_parts(model, timing):
     """Milliseconds that the parts of a step of d2Cache take half-way, each timed alone.
 
-    The passes are launched, or replayed, as in the Timing. What a step takes beyond the parts are
-    the commit, gaps between launches, and its part of the first step, which recomputes everything.
+    The passes are launched, or replayed, as in the Timing. The rest of a step is the commit, gaps
+    between launches, and its part of the first step, which recomputes everything.
     """
     policy = timing.row.arguments["policy"]
     state = timing.halfway
@@ -618,22 +595,6 @@ def select(policy, state, shifted):
     chosen, predicted = choose_positions(policy, state, shifted)
     Q, R = count_and_check(policy, state, chosen, predicted)
     return *pack(chosen, predicted, Q), R
-
-
-def measure_curve(model, prompts, gen_length):
-    """Rows of the curve: a step of vanilla and of d2Cache after longer and longer prompts."""
-    rows = []
-    for prompt in tqdm(prompts, desc="curve", unit="prompt", disable=no_terminal()):
-        row = {"prompt": prompt.shape[1]}
-        for name, most in (("vanilla", VANILLA_STEPS), ("d2cache", CURVE_STEPS)):
-            steps = min(most, gen_length)
-            arguments = (model, prompt, gen_length, paper_settings(gen_length)[name], steps)
-            if prompt.is_cuda:
-                step_seconds(*arguments)  # kernels are chosen when first used
-            seconds, _ = step_seconds(*arguments)
-            row[f"{name} ms"] = 1000 * mean_step(seconds, gen_length)
-        rows.append(row | {"speed-up": row["vanilla ms"] / row["d2cache ms"]})
-    return rows
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
@@ -692,7 +653,7 @@ class CudaGraphs:
         self.model = model
         self.cache = cache
         self.graphs = {}
-        self.pool = None  # of memory: that of graphs which are gone cannot be captured into
+        self.pool = None  # of memory: none can be captured into that of graphs which are gone
 
     def round_up(self, positions, valid, R, T):
         """What `pack` gives and R, for the sizes of a graph."""
@@ -747,7 +708,7 @@ def make_parser():
     add("--seed", type=int, default=0, help="of these draws and of the controls (0)")
 
     add = parser.add_argument_group("speed").add_argument
-    add("--prompt", help="with --model: the text to answer and to time")
+    add("--prompt", help="with --model: the text to time")
     add("--prompt-length", type=int, help="without: of the random prompt")
 
     add = parser.add_argument_group("both").add_argument
@@ -777,7 +738,7 @@ def check(args):
         require(getattr(args, other) or not getattr(args, flag), fault)
     fault = "--prompt-length is of a random prompt, --model takes --prompt"
     require(not args.model or args.prompt_length is None, fault)
-    fault = "--run-code needs Linux, whose limit on memory it is tried with"
+    fault = "--run-code needs Linux: its limit on memory was tried there"
     require(not args.run_code or sys.platform == "linux", fault)
 
     if args.json:  # an OSError says why it cannot be written
@@ -831,59 +792,55 @@ def read_world(folder, n, fresh=None):
     return {"gen_length": module.RESPONSE_LENGTH, "problems": problems, "is_right": is_right}
 
 
-def load_model(args, source):
-    """Model and tokenizer of a folder or a hub id."""
+def open_checkpoint(args, source):
+    """Model and tokenizer of a folder or a hub id; the text is tried before weights are read."""
     tokenizer = load_tokenizer(source, args.revision)
     if args.model:
-        encode_prompt(tokenizer, args.prompt or EXAMPLE)  # or refused, before weights are read
+        encode_prompt(tokenizer, args.prompt or EXAMPLE)
     model = Transformer.from_pretrained(source, args.device, args.dtype, args.revision)
     if model.wte.weight.is_cuda:
         torch.cuda.set_device(model.wte.weight.device)  # the one to wait for and to measure
     return model, tokenizer
 
 
-def tasks(args):
-    """The checkpoint of --model; or the embedded models, with --data the first one alone."""
-    data = read_data(args) if args.data else {}
-    if args.model:
-        model, tokenizer = load_model(args, args.model)
-        yield Task(args.model, model, tokenizer, args.gen_length or 256, **data)
-        return
-    for name in [args.world] if args.world else WORLDS:
-        folder = WORLDS[name]
-        fields = read_world(folder, args.problems, args.fresh) | data
-        model, tokenizer = load_model(args, folder)
-        yield Task(name, model, tokenizer, **fields)
-        if args.data:
-            return
+def world_task(args, name):
+    """The Task of an embedded world; with --data, other problems for its model."""
+    folder = WORLDS[name]
+    fields = read_world(folder, args.problems, args.fresh)
+    if args.data:
+        fields |= read_data(args)
+    model, tokenizer = open_checkpoint(args, folder)
+    return Task(name, model, tokenizer, **fields)
 
 
-def report_answer(task, text, own):
-    """What d2Cache answers to a text, and the policy of --policy, which is tried by this."""
-    prompt = encode_prompt(task.tokenizer, text)
-    numbers = {"prompt": text}
-    for name, policy in [("d2Cache", d2cache_of(task.gen_length)), *own]:
-        tokens = generate(task.model, prompt, task.gen_length, policy=policy)
-        response = tokens[0, prompt.shape[1] :]
-        numbers[name] = decode_response(task.tokenizer, response, task.model.config.end_ids)
-    lines = [f"{name:10}  {text}" for name, text in numbers.items()]
-    lines.append("")
-    return "answers", "\n".join(lines), numbers
-
-
-def report_quality(args, task, prompts, own):
-    """The quality table of a task."""
+def quality_of(args, task, own):
+    """Rows of the quality table of a task, and what they were measured with."""
     gen_length = task.gen_length
     block_length = block_length_of(args, gen_length)
-    batch = args.batch
-    if batch is None:
-        batch = 1 if args.model else 32  # of a large model, memory may hold one
+    prompts = encode_problems(task)
+    batch = args.batch or (1 if args.model else 32)  # of a large model, memory may hold one
     settings = {"problems": len(prompts), "response": gen_length, "block length": block_length}
-    for name, policy in [("d2Cache", d2cache_of(gen_length)), *own]:
-        settings[name] = str(policy)
+    ours = {"d2Cache": paper_settings(gen_length)["d2cache"]["policy"]}
+    settings |= {name: str(policy) for name, policy in (ours | own).items()}
     plan = make_plan(gen_length, block_length, own)
     rows = measure_quality(task, prompts, plan, batch, args.temperature, args.seed)
-    return report("quality", task.name, task.model, settings, rows, {})
+    return rows, settings
+
+
+def report_quality(args, task, own):
+    """The quality table of a task."""
+    rows, settings = quality_of(args, task, own)
+    return report("quality", facts_of(task.name, task.model), settings, rows, {})
+
+
+def report_worlds(args, own):
+    """The quality of all embedded worlds in one table."""
+    tables = {}
+    for name in WORLDS:
+        tables[name], _ = quality_of(args, world_task(args, name), own)
+    facts = {"models": ", ".join(WORLDS), "device": device_name(args.device)}
+    settings = {"problems of each": args.problems, "fresh ones of seed": args.fresh}
+    return report("worlds", facts, settings, side_by_side(tables), {})
 
 
 def report_speed(args, name, model, prompt, gen_length, own):
@@ -906,7 +863,7 @@ def report_speed(args, name, model, prompt, gen_length, own):
         "ridge rows": ridge_rows(weight.element_size(), rates),
     }
     rows = speed_rows(timings, len(prompt))
-    return report("speed", name, model, settings, rows, notes)
+    return report("speed", facts_of(name, model), settings, rows, notes)
 
 
 def race_of(args):
@@ -925,52 +882,50 @@ def race_of(args):
         batch=args.batch or race.batch,
     )
     if args.prompt_length:
-        race = race._replace(prompts=(args.prompt_length,), curve=())
+        race = race._replace(prompts=(args.prompt_length,))
+    block_length_of(args, race.gen_length)  # or refused, before any work
     return race, name
 
 
-def report_race(args, race, name, own):
-    """The speed tables of random weights, and the curve."""
-    config = race.config
-    gen_length = race.gen_length
-    batch = race.batch
-    model = random_model(config, args.device, race.dtype)
+def report_race(race, name, args, own):
+    """The speed tables of random weights."""
+    model = random_model(race.config, args.device, race.dtype)
     for length in race.prompts:
-        prompt = random_prompt(config, length, batch, args.device)
-        yield report_speed(args, name, model, prompt, gen_length, own)
-    if race.curve:
-        prompts = [random_prompt(config, P, batch, args.device) for P in race.curve]
-        rows = measure_curve(model, prompts, gen_length)
-        settings = {"response": gen_length, "batch": batch}
-        yield report("curve", name, model, settings, rows, {})
+        prompt = random_prompt(race.config, length, race.batch, args.device)
+        yield report_speed(args, name, model, prompt, race.gen_length, own)
+
+
+def report_checkpoint(args, own):
+    """A checkpoint's score on --data, and its speed."""
+    data = read_data(args) if args.data else {}
+    gen_length = args.gen_length or 256
+    block_length_of(args, gen_length)  # or refused, before any work
+    model, tokenizer = open_checkpoint(args, args.model)
+    task = Task(args.model, model, tokenizer, gen_length, **data)
+    if data:
+        yield report_quality(args, task, own)
+    prompt = encode_prompt(tokenizer, args.prompt or EXAMPLE).to(args.device)
+    prompt = prompt.repeat(args.batch or 1, 1)
+    yield report_speed(args, task.name, model, prompt, gen_length, own)
 
 
 def reports(args):
     """All that the command line asks for, one by one: (kind, text to print, numbers to write)."""
     check(args)
-    own = []
+    own = {}
     if args.policy:
-        own = [(args.policy.partition(".py:")[2], load_policy(args.policy))]
-    timed = not args.model and not args.world
-    if timed:
+        own[args.policy.partition(".py:")[2]] = load_policy(args.policy)
+    if args.model:
+        yield from report_checkpoint(args, own)
+    elif args.world:
+        yield report_quality(args, world_task(args, args.world), own)
+    else:
         race, name = race_of(args)
-        block_length_of(args, race.gen_length)
-
-    for task in tasks(args):
-        block_length_of(args, task.gen_length)  # or refused, before any work
-        prompts = encode_problems(task)
-        text = args.prompt or EXAMPLE
-        if not args.model:
-            text = task.problems[0].prompt
-        yield report_answer(task, text, own)
-        if prompts:
-            yield report_quality(args, task, prompts, own)
-        if args.model:
-            prompt = encode_prompt(task.tokenizer, text).to(args.device)
-            prompt = prompt.repeat(args.batch or 1, 1)
-            yield report_speed(args, task.name, task.model, prompt, task.gen_length, own)
-    if timed:
-        yield from report_race(args, race, name, own)
+        if args.data:
+            yield report_quality(args, world_task(args, "tiny"), own)
+        else:
+            yield report_worlds(args, own)
+        yield from report_race(race, name, args, own)
 
 
 def run_record(args):

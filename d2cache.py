@@ -34,8 +34,8 @@ def certainty_density(known, sigma, dtype=torch.float32):
     """Share of known positions around each one, in a Gaussian window of sigma positions.  Eq. 3.
 
     D(i) = sum over known j of exp(-(i - j)^2 / (2 sigma^2)), divided by the window's sum over all
-    distances from -(T - 1) to T - 1. That is a constant: it makes a share of the sum, and changes
-    no ranking. As in the paper j is any position of the canvas (in the authors' code, of the
+    distances from -(T - 1) to T - 1: a constant, which makes a share of the sum, and changes no
+    ranking. As in the paper j is any position of the canvas (in the authors' code, of the
     response).  (B, T) bool -> (B, T) in [0, 1]
 
     For known 1 1 0 0 and sigma 1 the window is 1 at distance 0, then .607, .135 and .011 on either
@@ -122,7 +122,8 @@ def highest(score, among, n):
 class State:
     """The canvas between two steps: all that a policy may look at. Tensors are (B, T).
 
-    Steps count from 1. `density` and `block` are about the next step, the others about those done.
+    Steps count from 1; before the first, step is 0 and nothing was decoded or recomputed yet.
+    `density` and `block` are about the next step, the others about those done.
     """
 
     tokens: torch.Tensor  # [MASK] where masked, and wherever the prompt holds one
@@ -143,7 +144,7 @@ class State:
 
     @property
     def chosen(self):
-        """Recomputed in the last step.  (B, T) bool"""
+        """Recomputed in the last step; for Dream, rows that predict too.  (B, T) bool"""
         return self.recomputed_at == self.step
 
     @property
@@ -155,7 +156,10 @@ class State:
 
     @property
     def block_starts(self):
-        """Sequences with no token of their block decoded yet, and finished ones.  (B, 1) bool"""
+        """Sequences with no token of their block decoded yet.  (B, 1) bool
+
+        Finished ones have no block, so it is true for them; what is chosen there is ignored.
+        """
         return ~(self.block & self.known).any(dim=1, keepdim=True)
 
 
@@ -164,7 +168,7 @@ class Policy:
 
     The first step recomputes everything without asking. A policy is asked before every other step,
     and once more when everything is decoded; that answer is ignored, as is what it chooses in
-    padding or in a finished sequence. Its answer hangs on the state alone.
+    padding or in a finished sequence. Its answer depends on the state alone.
     """
 
     uses_attention = False  # whether it looks at state.influence, which takes time
@@ -172,14 +176,14 @@ class Policy:
     def choose(self, state):
         """The positions to recompute, (B, T) bool, on the state's device.
 
-        In every sequence that is not finished at least one is masked and in the block. The state
-        is the policy's own copy.
+        They must include, in every sequence that is not finished, at least one masked position of
+        its block. The state is the policy's own copy.
         """
 
-    # And what it may have: a forward pass of its own, in the place and with the arguments of the
-    # function `recompute` below, and after it `recomputed`, a list with the share of the layers in
-    # which each pass recomputed each position, (B, T), to be counted in place of state.chosen.
+    # It may have a forward pass of its own, which takes the place of `recompute` below:
     #     def recompute(self, model, cache, state, positions, valid, R)
+    # One that does not recompute positions in all layers alike says what it did in `recomputed`, a
+    # list it begins anew with every decode: for each step the share of the layers, (B, T).
 
 
 @dataclass(frozen=True)
@@ -342,14 +346,20 @@ def recompute(policy, model, cache, state, positions, valid, R):
 
     -> logits (B, R, V'), and the influence (B, T), or None unless the policy uses attention
     """
+    logits, maps = one_pass(model, cache, state, positions, R, policy.uses_attention)
+    influence = attention_rollout(maps, positions, valid) if policy.uses_attention else None
+    return logits, influence
+
+
+def one_pass(model, cache, state, positions, R, return_attention):
+    """Logits (B, R, V') of the first R of positions (B, Q); L maps (B, Q, T), if asked for."""
     hidden, maps = model.hidden_states(
-        state.tokens, positions, cache, policy.uses_attention, state.padding
+        state.tokens, positions, cache, return_attention, state.padding
     )
     predicting = hidden[:, :R]
     if model.config.shifted:
         predicting = rows_before(hidden, positions, R, state.tokens.shape[1])
-    influence = attention_rollout(maps, positions, valid) if policy.uses_attention else None
-    return model.head(predicting), influence
+    return model.head(predicting), maps
 
 
 def rows_before(hidden, positions, R, T):
@@ -437,17 +447,16 @@ def copy_of(state):
 
 def check_choice(policy, chosen, state):
     """ValueError unless what a policy chose is a mask of the canvas, such as `known` is."""
-    found = f"a {type(chosen).__name__}"
-    if torch.is_tensor(chosen):
-        found = kind_of(chosen)
-    wanted = kind_of(state.known)
+    found, wanted = kind_of(chosen), kind_of(state.known)
     name = type(policy).__name__
     fault = f"step {state.step + 1}: policy {name} chose {found}, should be {wanted}"
     require(found == wanted, fault)
 
 
 def kind_of(tensor):
-    """A tensor's shape, dtype and device, for a message."""
+    """A tensor's shape, dtype and device, for a message; of anything else, its type."""
+    if not torch.is_tensor(tensor):
+        return f"a {type(tensor).__name__}"
     return f"a tensor {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
 
 
@@ -634,8 +643,8 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 def check_prompt(prompt, prompt_mask, gen_length, config):
     """ValueError unless prompt and mask fit, and leave room for gen_length tokens."""
-    require(torch.is_tensor(prompt), f"prompt is {type(prompt)}, should be (B, P) integers")
-    fits = prompt.dtype in INTEGERS and prompt.dim() == 2 and len(prompt) > 0
+    is_tensor = torch.is_tensor(prompt)
+    fits = is_tensor and prompt.dtype in INTEGERS and prompt.dim() == 2 and len(prompt) > 0
     require(fits, f"prompt is {kind_of(prompt)}, should be (B, P) integers")
 
     ids = prompt.long()
@@ -651,7 +660,7 @@ def check_prompt(prompt, prompt_mask, gen_length, config):
 
     if prompt_mask is not None:
         right = f"should be ({len(prompt)}, {P}), in each row zeros (padding), then at least one 1"
-        require(torch.is_tensor(prompt_mask), f"prompt_mask is {type(prompt_mask)}, {right}")
+        require(torch.is_tensor(prompt_mask), f"prompt_mask is {kind_of(prompt_mask)}, {right}")
         real = prompt_mask.bool()
         padded_left = real.shape == prompt.shape and (real[:, 1:] >= real[:, :-1]).all()
         fault = f"prompt_mask is {kind_of(prompt_mask)}, {right}"
@@ -702,7 +711,11 @@ def check_sampling(temperature, generator, device):
 
 # ---- The command line ----------------------------------------------------------------------------
 
-EMBEDDED_MODEL = Path(__file__).parent / "tests" / "tiny"
+# A world is a folder: a checkpoint, problems.jsonl, and problems.py with is_right(question, text),
+# draw_problems(seed), a SAMPLE of its questions, and RESPONSE_LENGTH, as the model is trained for.
+TESTS = Path(__file__).resolve().parent / "tests"
+WORLDS = {name: TESTS / name for name in ("tiny", "diary", "journey")}
+EMBEDDED_MODEL = WORLDS["tiny"]
 EXAMPLE = (
     "Ben has 30 pens. On Monday Ben buys 5 pens at the shop. On Tuesday Ben loses 8 pens at the "
     "park. On Wednesday Ben wins 4 more pens at the school. How many pens does Ben have now?"
@@ -716,7 +729,11 @@ COLOURS = {  # of `roles` in a terminal; where a position has several, the last 
 
 
 def paper_settings(gen_length):
-    """Arguments of `decode` by policy name: the paper's, scaled down for short responses."""
+    """Arguments of `decode` for the policies that d2cache.py knows by name.
+
+    The paper's k and blocks, scaled down for short responses: k is an eighth of the response, and
+    blocks are its largest divisor up to 16, or from 128 tokens on up to 32.
+    """
     longest = 32 if gen_length >= 128 else 16
     block_length = max(n for n in range(1, longest + 1) if gen_length % n == 0)
     k = min(32, max(1, gen_length // 8))
@@ -731,7 +748,10 @@ def paper_settings(gen_length):
 
 
 def load_module(path):
-    """The module of a Python file, which may import those beside it, whatever else is installed."""
+    """The module of a Python file.
+
+    Its folder stays first on sys.path: files beside it are found, and before installed packages.
+    """
     name = f"{path.parent.name}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -798,7 +818,7 @@ TRACE_TITLES = ("step", "committed, confidence, prior", "candidates", "fresh", "
 def trace(before, state, sigma, tokenizer, end_ids=()):
     """A step of one sequence as a line: what it committed, how sure, and what it recomputed.
 
-    With end_ids, if decoding stops there, what was made EOS behind the end is only counted.
+    Where decoding stops at one of end_ids, the EOS that this step put behind it are only counted.
     """
     known_before = state.known & ~state.fresh  # when the step decided
     prior = certainty_prior(state.confidence, known_before, sigma)[0].tolist()
@@ -866,12 +886,14 @@ def make_parser():
     """The command line."""
     parser = argparse.ArgumentParser(description=main.__doc__, usage=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub id")
+    source = parser.add_mutually_exclusive_group().add_argument
+    source("--world", default="tiny", choices=WORLDS, help="an embedded model (tiny)")
+    source("--model", help="checkpoint folder or hub id")
     add("--revision", help="of the hub's repository: branch, tag or commit")
     add("--dtype", choices=DTYPES, help="instead of the checkpoint's")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    add("--prompt", default=EXAMPLE, help="the user's text")
-    add("--gen-length", default=64, type=int, help="tokens to decode (64)")
+    add("--prompt", help="the user's text")
+    add("--gen-length", type=int, help="tokens to decode (the world's own number, or 64)")
     policies = ", ".join(paper_settings(1))
     add("--policy", default="d2cache", help=f"{policies} or FILE.py:Name(k=8)")
     add("--block-length", type=int, help="decode in blocks of so many tokens, by confidence")
@@ -882,6 +904,19 @@ def make_parser():
     add("--trace", action="store_true", help="print what every step commits and recomputes")
     add("--delay", default=0.05, type=float, help="seconds between two steps on the screen (0.05)")
     return parser
+
+
+def fill_in(args):
+    """Give --prompt and --gen-length, where they are left out, the values of the world."""
+    prompt, gen_length = EXAMPLE, 64
+    if args.model is None:
+        args.model = WORLDS[args.world]
+        world = load_module(args.model / "problems.py")
+        prompt, gen_length = world.SAMPLE, world.RESPONSE_LENGTH
+    if args.prompt is None:
+        args.prompt = prompt
+    if args.gen_length is None:
+        args.gen_length = gen_length
 
 
 def decode_arguments(args):
@@ -904,6 +939,7 @@ def decode_arguments(args):
 def run(args):
     """Decode as the command line asks: the steps and the answer on stdout, the work on stderr."""
     require(0 <= args.delay < 60, f"--delay is {args.delay}, should be from 0 to 60 seconds")
+    fill_in(args)
     arguments = decode_arguments(args)
     tokenizer = load_tokenizer(args.model, args.revision)
     prompt = encode_prompt(tokenizer, args.prompt)

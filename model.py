@@ -167,7 +167,7 @@ def attention_map(q, k, padding=None):
 
 
 class Layer(nn.Module):
-    """What stands before attention and after it; attention itself is in `hidden_states`.
+    """A layer without its attention, which is in `hidden_states`: what comes before and after.
 
     LLaDA's checkpoint calls a layer a block. Here a block is a stretch of text.
     """
@@ -228,7 +228,8 @@ class Transformer(nn.Module):
         self.ln_f = nn.RMSNorm(C, config.rms_norm_eps)
         head = nn.Linear(C, rows, bias=False)
         self.ff_out = None if config.weight_tying else head
-        # As an embedding of its own, N(0, 1), a tied head would be far too large.
+        # The embedding starts as a copy of the head: nn.Embedding's own start, N(0, 1), would be
+        # far too large for a head, and where they are tied it is one.
         self.wte.weight = nn.Parameter(head.weight.detach().clone())
 
     def forward(self, tokens, positions=None, cache=None, return_attention=False, padding=None):
@@ -428,11 +429,14 @@ def qwen2_tokenizer(folder):
 
 
 def added_tokens(folder):
-    """Those of added_tokens.json and tokenizer_config.json as in tokenizer.json, by their ids."""
+    """Entries for tokenizer.json's "added_tokens", in the order of their ids.
+
+    From added_tokens.json, and from tokenizer_config.json, which knows more of each.
+    """
     listed = folder / "added_tokens.json"
     described = read_optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
     found = {}
-    if listed.exists() or not described:
+    if listed.exists() or not described:  # of neither file, read_json says that it is missing
         for token, id in read_json(listed).items():
             found[id] = PLAIN_TOKEN | {"id": id, "content": token, "special": True}
     for id, token in (described or {}).items():
@@ -441,7 +445,7 @@ def added_tokens(folder):
 
 
 def template_of(tokenizer):
-    """The chat template whose control tokens the tokenizer has; None if it has those of neither."""
+    """The chat template all of whose control tokens the tokenizer has, or None."""
     for template in (LLADA_TEMPLATE, CHATML_TEMPLATE):
         if all(tokenizer.token_to_id(token) is not None for token in CONTROL.findall(template)):
             return template
@@ -449,22 +453,32 @@ def template_of(tokenizer):
 
 
 def note_on_the_template(folder, template, base):
-    """What a user should know if the chat template is not the checkpoint's own; else None."""
+    """What a user should know if the chat template is not the checkpoint's own; else None.
+
+    template: ours, or None. base: whether the checkpoint's name says that it is a base model.
+    """
     own = read_optional_json(folder / "tokenizer_config.json").get("chat_template")
     file = folder / "chat_template.jinja"
     if file.exists():
         own = file.read_text(encoding="utf-8", errors="replace")
+    if template is None and own:
+        return "has a chat template that is not implemented: the prompt goes without one"
     if template is None:
-        return own and "has a chat template that is not implemented: the prompt goes without one"
+        return None
     if own is None or base:
         return "looks like a base model: the prompt is put into a chat template all the same"
+    if not looks_like(own, template):
+        return "has a chat template other than the one that the prompt is put into"
+    return None
 
-    own = str(own).replace("\\\\", "\\").replace("\\n", "\n")  # a list, if there are several
-    fixed = ("<|start_header_id|>", "<|end_header_id|>\n\n", "trim", "<|eot_id|>", "bos_token")
-    same = all(text in own for text in fixed) and "system" not in own
+
+def looks_like(own, template):
+    """Whether a template in Jinja, which is not run here, has the marks of one of ours."""
+    own = str(own).replace("\\\\", "\\").replace("\\n", "\n")  # of several, a list, any will do
     if template == CHATML_TEMPLATE:
-        same = CHATML_SYSTEM in own
-    return None if same else "has a chat template other than the one that the prompt is put into"
+        return CHATML_SYSTEM in own
+    marks = ("<|start_header_id|>", "<|end_header_id|>\n\n", "trim", "<|eot_id|>", "bos_token")
+    return all(text in own for text in marks) and "system" not in own
 
 
 def encode_prompt(tokenizer, text):
@@ -510,7 +524,10 @@ def without_control(tokenizer):
 
 
 def literal_ids(literal, text):
-    """The ids of a text, or ValueError if one is unknown or control; see `without_control`."""
+    """The ids of a text, or ValueError if one is unknown or control; see `without_control`.
+
+    A control token comes out of plain text only where the vocabulary itself holds its characters.
+    """
     try:
         encoding = literal.encode(text, add_special_tokens=False)
     except Exception as error:  # the library raises nothing more specific
@@ -544,8 +561,9 @@ def decode_response(tokenizer, response, end_ids):
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 # config.json may hold what a Config needs, these keys with the one value that is implemented, and
-# keys without influence on a logit. Any other must be null, false, zero or empty: who knows what it
-# asks for. LLaDA's own keys come first, then those of Hugging Face's Llama and what grew from it.
+# keys without influence on a logit. Any other must be null, false, zero or empty, as it may ask for
+# another computation. LLaDA's own keys come first, then those of Hugging Face's Llama and what grew
+# from it.
 FIXED = dict(
     block_type="llama", block_group_size=1, activation_type="silu", layer_norm_type="rms",
     layer_norm_with_affine=True, rope=True, rope_full_precision=True,
@@ -604,16 +622,11 @@ def require_a_transformer(config):
 
     V, rows = config.vocab_size, config.embedding_size
     require(V <= rows, f"vocab_size is {V}, should be at most embedding_size {rows}")
-    require_ids("mask_token_id", [config.mask_token_id], rows)
-    require_ids("eos_token_id", [config.eos_token_id], rows)
-    require_ids("other_end_ids", config.other_end_ids, rows)
-
-
-def require_ids(name, ids, rows):
-    """ValueError unless these are ids of tokens that have a row in the embedding."""
-    for id in ids:
-        has_row = type(id) is int and 0 <= id < rows
-        require(has_row, f"{name} is {shown(id)}, should be from 0 to {rows - 1}")
+    for name in ("mask_token_id", "eos_token_id", "other_end_ids"):
+        ids = getattr(config, name)
+        for id in ids if name == "other_end_ids" else [ids]:
+            has_row = type(id) is int and 0 <= id < rows
+            require(has_row, f"{name} is {shown(id)}, should be from 0 to {rows - 1}")
 
 
 def require_known(model_type, where=""):
@@ -624,7 +637,11 @@ def require_known(model_type, where=""):
 
 
 def read_config(path):
-    """The Config of the config.json at `path`; see Config.from_json."""
+    """The Config of the config.json at `path`; see Config.from_json.
+
+    The layout says by which names to read it; the tokenizer, which ids are mask and ends; what is
+    not read must ask for nothing else.
+    """
     values = plain_values(path)
     if "hidden_size" not in values:
         values.setdefault("model_type", "llada")  # nobody else has its keys
@@ -650,7 +667,8 @@ def read_config(path):
     fixed = FIXED | {"head_dim": config.head_dim, "attention_bias": QKV_BIAS[model_type]}
     refuse_other_computations(path, values, fixed, read=keys.values())
 
-    # The embedding may have rows without a token, and not every id has a row.
+    # The embedding may have rows without a token, and not every id has a row. The first end is the
+    # config's own.
     vocab_size = min(config.vocab_size, 1 + max(ids.values(), default=config.vocab_size))
     ends += [ids[token] for token in END_OF_TURN if token in ids]
     others = dict.fromkeys(id for id in ends if id < config.embedding_size)
@@ -660,22 +678,26 @@ def read_config(path):
 
 def plain_values(path):
     """What a config.json says, without nulls; the rotary embedding's own object is flattened."""
-    values = read_json(path)
+    values = without_nulls(read_json(path))
     for group in ("rope_scaling", "rope_parameters"):
         inner = values.pop(group, None) or {}
         require(isinstance(inner, dict), f"{path}: {group} is {shown(inner)}, should be an object")
-        for key, value in inner.items():
-            if values.get(key) is None:
-                values[key] = value
-            twice = f"{path}: {key} is {shown(values[key])}, but {shown(value)} in {group}"
-            require(value in (None, values[key]), twice)
+        for key, value in without_nulls(inner).items():
+            outer = values.setdefault(key, value)
+            twice = f"{path}: {key} is {shown(outer)}, but {shown(value)} in {group}"
+            require(outer == value, twice)
 
-    # Some files hold what they do not use, or one name for each layer.
+    # A window that is not used, and a list that calls every layer ordinary, ask for nothing.
     if values.get("use_sliding_window") is False:
         values.pop("sliding_window", None)
     types = values.get("layer_types")
     if isinstance(types, list) and all(kind == "full_attention" for kind in types):
         del values["layer_types"]
+    return values
+
+
+def without_nulls(values):
+    """A dict without the keys that say nothing."""
     return {key: value for key, value in values.items() if value is not None}
 
 

@@ -44,13 +44,13 @@ ARCHITECTURE = {
 }
 
 
-def shape(n_layers, n_tokens):
-    """The fields of model.Config for so many layers and a vocabulary of so many tokens."""
+def shape(n_layers, n_tokens, n_heads=4):
+    """The fields of model.Config for so many layers, a vocabulary of so many tokens, and heads."""
     return {
         "d_model": 128,
         "n_layers": n_layers,
-        "n_heads": 4,
-        "n_kv_heads": 4,
+        "n_heads": n_heads,
+        "n_kv_heads": n_heads,
         "mlp_hidden_size": 352,
         "vocab_size": n_tokens,
         "embedding_size": n_tokens,

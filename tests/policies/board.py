@@ -1,9 +1,10 @@
-"""The leaderboard: every policy of this repository on the embedded model's problems.
+"""The leaderboard: every policy of this repository on the problems of all worlds.
 
-    python tests/policies/board.py --problems 64 --fresh 7
+    python tests/policies/board.py --problems 32 --fresh 7
 
 Rows are ranked by same text x reused: how often a policy writes, word for word, what exact decoding
-writes in the same order, times the share of positions that it takes from the cache.
+writes in the same order, times the share of positions that it takes from the cache; the mean of the
+worlds counts.
 """
 
 import argparse
@@ -13,8 +14,16 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "guests")]
 
-from bench import Row, Task, encode_problems, measure_quality, read_world, table_text  # noqa: E402
-from d2cache import EMBEDDED_MODEL, SlidingWindow, load_policy, paper_settings  # noqa: E402
+from bench import (  # noqa: E402
+    Row,
+    Task,
+    encode_problems,
+    measure_quality,
+    read_world,
+    side_by_side,
+    table_text,
+)
+from d2cache import WORLDS, SlidingWindow, load_policy, paper_settings  # noqa: E402
 from dllm_cache import DLLMCache  # noqa: E402
 from elastic_cache import ElasticCache  # noqa: E402
 from entropy_cache import EntropyCache  # noqa: E402
@@ -38,7 +47,7 @@ def plan(gen_length, own):
         "oldest first": OldestFirst(k),
         "window of 4": SlidingWindow(4),
         "window of 5": SlidingWindow(5),
-        f"window of {k}": SlidingWindow(k),
+        "window of n / 8": SlidingWindow(k),
         "Elastic-Cache": ElasticCache(k),
         "Elastic-Cache, gamma .99": ElasticCache(k, gamma=0.99),
         "Window-Diffusion": WindowDiffusion(),
@@ -66,19 +75,21 @@ def plan(gen_length, own):
 def main():
     """Print the board, best first."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--problems", default=64, type=int, help="how many (64)")
+    parser.add_argument("--problems", default=32, type=int, help="how many of each world (32)")
     parser.add_argument("--fresh", type=int, help="drawn anew with this seed")
     parser.add_argument("--policy", help="one more: FILE.py:Name or FILE.py:Name(k=8)")
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # the matrices are small
     own = {args.policy: load_policy(args.policy)} if args.policy else {}
-    world = read_world(EMBEDDED_MODEL, args.problems, args.fresh)
-    model = Transformer.from_pretrained(EMBEDDED_MODEL)
-    task = Task("tiny", model, load_tokenizer(EMBEDDED_MODEL), **world)
-    prompts = encode_problems(task)
-    rows = measure_quality(task, prompts, plan(task.gen_length, own), BATCH, temperature=0, seed=0)
-    ranked = [row for row in rows if row["same x reused"] is not None]
+    tables = {}
+    for name, folder in WORLDS.items():
+        world = read_world(folder, args.problems, args.fresh)
+        model = Transformer.from_pretrained(folder)
+        task = Task(name, model, load_tokenizer(folder), **world)
+        rows = plan(task.gen_length, own)
+        tables[name] = measure_quality(task, encode_problems(task), rows, BATCH, 0.0, seed=0)
+    ranked = [row for row in side_by_side(tables) if row["same x reused"] is not None]
     ranked.sort(key=lambda row: -row["same x reused"])
     print(table_text(ranked))
 

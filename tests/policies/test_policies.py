@@ -1,11 +1,17 @@
-"""Policies with a memory against their rules, worked out by hand on a few steps.
+"""Policies with a memory, and controls, against their rules, on a few steps.
 
 That they keep the contract is tried with that of all others: they are in strategies.POLICIES.
 """
 
-import torch
-from d2cache import State, decode, nucleus
+import sys
+from pathlib import Path
 
+import torch
+from d2cache import WORLDS, D2Cache, SlidingWindow, State, decode, nucleus
+from model import KVCache
+
+import board
+import controls
 from entropy_cache import EntropyCache
 from oldest_first import OldestFirst
 from strategies import ModelSpec
@@ -83,3 +89,83 @@ def test_oldest_first_recomputes_as_many_as_the_nucleus_of_those_longest_ago():
         True,
     ]
     assert chosen(policy, state_5) == [1, 2, 4]
+
+
+# ---- Controls
+
+
+def half():
+    """A state half-way through a decode of two sequences."""
+    prompt = torch.ones(2, 20, dtype=torch.long)
+    return list(decode(SPEC.build(), prompt, 20, policy=D2Cache(4)))[9]
+
+
+SETTINGS = {"k": 4, "p": 0.5}
+OURS = D2Cache(**SETTINGS)
+
+
+def test_controls_of_stage_1_take_as_many_and_leave_stage_2_alone():
+    state = half()
+    torch.manual_seed(0)
+    random = controls.RandomStage1(**SETTINGS)
+    window = controls.WindowStage1(**SETTINGS)
+    first = random.about_to_be_decoded(state)
+    assert not (first & ~state.masked).any() and first.sum(dim=1).tolist() == [4, 4]
+    assert not torch.equal(first, random.about_to_be_decoded(state))
+    width_4 = SlidingWindow(4).choose(state)
+    assert torch.equal(window.about_to_be_decoded(state) | state.fresh, width_4)
+    for control in (random, window):
+        assert torch.equal(control.attended(state), OURS.attended(state))
+
+
+def test_controls_of_stage_2_take_as_many_or_none_and_leave_stage_1_alone():
+    state = half()
+    torch.manual_seed(0)
+    random = controls.RandomStage2(**SETTINGS)
+    attended = random.attended(state)
+    assert not (attended & ~state.known).any()
+    assert torch.equal(attended.sum(dim=1), OURS.attended(state).sum(dim=1))
+    assert not torch.equal(attended, random.attended(state))
+    first = OURS.about_to_be_decoded(state)
+    assert torch.equal(random.about_to_be_decoded(state), first)
+    without = controls.WithoutStage2(**SETTINGS)
+    assert torch.equal(without.choose(state), first | state.fresh)
+
+
+def test_all_but_the_prompt_reads_the_prompt_once():
+    """Decoded tokens are known too, and stay in."""
+    prompt, response = [0, 1, 2], [3, 4, 5, 6]
+    policy = controls.AllButThePrompt(**SETTINGS)
+    assert chosen_in_each_step(policy, 4, None) == [prompt + response, *[response] * 3]
+
+
+def test_the_last_layers_influence_is_what_its_recomputed_rows_attend_to():
+    """Rows 4 and 6 of the last layer, of a canvas that nothing else has changed."""
+    state = half()
+    model = SPEC.build()
+    cache = KVCache(model.config, *state.tokens.shape, "cpu", model.wte.weight.dtype)
+    model.hidden_states(state.tokens, cache=cache)
+    positions = torch.tensor([[4, 6, 4]] * 2)  # the third row is a repeat
+    valid = torch.tensor([[True, True, False]] * 2)
+    policy = controls.LastLayer(**SETTINGS)
+    _, influence = policy.recompute(model, cache, state, positions, valid, 1)
+    _, maps = model.hidden_states(state.tokens, return_attention=True)
+    torch.testing.assert_close(influence, maps[-1][:, [4, 6]].sum(dim=1))
+
+
+# ---- The board
+
+
+def test_the_board_ranks_every_policy_and_ones_own(monkeypatch, capsys):
+    """On one problem of one world, to be quick."""
+    monkeypatch.setattr(board, "WORLDS", {"diary": WORLDS["diary"]})
+    own = f"{Path(board.__file__).with_name('oldest_first.py')}:OldestFirst(k=5)"
+    arguments = ["board.py", "--problems", "1", "--fresh", "3", "--policy", own]
+    monkeypatch.setattr(sys, "argv", arguments)
+    board.main()
+    titles, *rows = capsys.readouterr().out.splitlines()
+    assert titles.endswith("same x reused")
+    ranks = [float(row.split()[-1].rstrip("%")) for row in rows]
+    assert ranks == sorted(ranks, reverse=True)
+    assert sum(row.startswith(own) for row in rows) == 2  # by prior and in blocks
+    assert len(rows) == len(board.plan(48, {own: None})) - 2  # but the exact ones

@@ -26,7 +26,6 @@ from d2cache import (
     D2Cache,
     DualCache,
     RecomputeAll,
-    SlidingWindow,
     decode,
     generate,
     paper_settings,
@@ -71,6 +70,13 @@ def command(tmp_path):
 def embedded_run(tmp_path_factory):
     """What it prints and writes of the embedded model and random weights."""
     return run(tmp_path_factory.mktemp("run") / "numbers.json", *SMALL)
+
+
+@pytest.fixture(scope="module")
+def world_runs(tmp_path_factory):
+    """The same of each embedded world alone, by its name."""
+    file = tmp_path_factory.mktemp("worlds") / "numbers.json"
+    return {name: run(file, "--world", name, *SMALL) for name in bench.WORLDS}
 
 
 @pytest.fixture
@@ -173,35 +179,6 @@ def test_a_policy_with_a_forward_pass_of_its_own_says_what_that_recomputed():
 # ---- Quality: decoded
 
 
-@pytest.fixture(scope="module")
-def half():
-    """A state half-way through a decode."""
-    states = list(decode(SPEC.build(), torch.ones(2, 20, dtype=torch.long), 20, policy=D2Cache(4)))
-    return states[9]
-
-
-def test_the_controls_replace_one_stage_and_keep_the_other(half):
-    ours = D2Cache(k=4, p=0.5)
-    settings = dict(k=4, p=0.5)
-    torch.manual_seed(0)
-    random, window = bench.RandomStage1(**settings), bench.WindowStage1(**settings)
-    first = random.about_to_be_decoded(half)
-    assert not (first & ~half.masked).any() and first.sum(dim=1).tolist() == [4, 4]
-    assert not torch.equal(first, random.about_to_be_decoded(half))
-    assert torch.equal(window.about_to_be_decoded(half) | half.fresh, SlidingWindow(4).choose(half))
-    for control in (random, window):
-        assert torch.equal(control.attended(half), ours.attended(half))
-
-    random, without = bench.RandomStage2(**settings), bench.WithoutStage2(**settings)
-    attended = random.attended(half)
-    assert not (attended & ~half.known).any()
-    assert torch.equal(attended.sum(dim=1), ours.attended(half).sum(dim=1))
-    assert not torch.equal(attended, random.attended(half))
-    first = ours.about_to_be_decoded(half)
-    assert torch.equal(random.about_to_be_decoded(half), first)
-    assert torch.equal(without.choose(half), first | half.fresh)
-
-
 def test_fresh_problems_are_those_of_their_seed_and_can_be_judged():
     def answers(**seed):
         world = bench.read_world(EMBEDDED_MODEL, 3, **seed)
@@ -212,17 +189,15 @@ def test_fresh_problems_are_those_of_their_seed_and_can_be_judged():
     assert answers(fresh=2) == answers()  # the seed of the file
 
 
-def test_a_world_alone_is_not_timed(command):
-    text, numbers = command("--world", "diary", "--problems", 1, "--fresh", 3)
-    assert list(numbers) == ["run", "answers", "quality"]
-    assert numbers["quality"][0]["model"] == "diary" and "now" in text
+def test_fresh_problems_of_a_world_are_solved_and_not_timed(command, world_runs):
+    _, numbers = command("--world", "diary", "--fresh", 3, *SMALL)
+    assert list(numbers) == ["run", "quality"] and numbers["quality"][0]["model"] == "diary"
+    assert numbers["quality"][0]["rows"] != world_runs["diary"][1]["quality"][0]["rows"]
 
 
-def test_the_quality_table_is_what_decoding_each_problem_alone_gives(embedded_run):
+def test_the_quality_table_is_what_decoding_each_problem_alone_gives(world_runs):
     """In batches of two: padding and company change nothing."""
-    text, numbers = embedded_run
-    assert [table["model"] for table in numbers["quality"]] == list(bench.WORLDS)
-    table = numbers["quality"][0]
+    table = world_runs["tiny"][1]["quality"][0]
     problems = bench.read_world(EMBEDDED_MODEL, 3)["problems"]
     by_prior = paper_settings(64)["d2cache"]
     ours = [answer(problem.question, 64, **by_prior) for problem in problems]
@@ -234,13 +209,26 @@ def test_the_quality_table_is_what_decoding_each_problem_alone_gives(embedded_ru
     assert 0.85 < row["reused"] < 0.88 and rows["vanilla", "prior"]["reused"] == 0
     assert rows["vanilla", "prior, from 0.9"]["tokens per forward"] > 1.5
     assert all(rows[policy, order] for policy in ("window", "d2Cache") for order in ORDERS)
-    assert numbers["answers"][0] == {"prompt": problems[0].question, "d2Cache": ours[0]}
-    assert f"d2Cache     {ours[0]}\n" in text
 
 
-def test_printed_and_written_numbers_are_the_same(embedded_run):
-    text, numbers = embedded_run
-    for kind in ("quality", "speed"):
+def test_the_table_of_all_worlds_has_the_numbers_of_each(embedded_run, world_runs):
+    """And the mean of same x reused, but where there is nothing to be the same as."""
+    (table,) = embedded_run[1]["worlds"]
+    for n, row in enumerate(table["rows"]):
+        alone = {name: run["quality"][0]["rows"][n] for name, (_, run) in world_runs.items()}
+        for name, cells in alone.items():
+            assert [row["policy"], row["order"]] == [cells["policy"], cells["order"]]
+            assert row[f"{name} solved"] == cells["exact match"]
+            assert row[f"{name} same"] == cells["same text"]
+            assert row[f"{name} reused"] == cells["reused"]
+        ranks = [cells["same x reused"] for cells in alone.values()]
+        exact = row["policy"] == "vanilla"
+        assert row["same x reused"] == (None if exact else pytest.approx(sum(ranks) / len(ranks)))
+
+
+def test_printed_and_written_numbers_are_the_same(embedded_run, world_runs):
+    for kind in ("quality", "worlds", "speed"):
+        text, numbers = world_runs["tiny"] if kind == "quality" else embedded_run
         table = numbers[kind][0]
         lines = text[text.index(f"{kind.upper()}  ") :].splitlines()[3:]
         assert re.split("  +", lines[0].strip()) == list(table["rows"][0])
@@ -270,7 +258,6 @@ def test_a_policy_of_ones_own_stands_beside_what_it_is_compared_with_and_no_more
     timed = [(row["policy"], row["order"]) for row in speed["rows"]]
     assert timed[:3] == [(name, "prior") for name in compared[:3]]
     assert timed[3:] == [("Mine(k=3)", order) for order in ORDERS]
-    assert numbers["answers"][0]["Mine(k=3)"]
 
 
 def test_a_policy_that_breaks_its_contract_is_refused_before_any_table(refused, tmp_path):
@@ -438,27 +425,17 @@ def test_the_parts_of_a_step_and_the_rest_are_the_step():
     assert 0 < parts["prediction ms"] < parts["forward ms"] and parts["influence ms"] >= 0
 
 
-def test_the_curve_has_a_row_for_every_length():
-    prompts = [torch.ones(1, n, dtype=torch.long) for n in (3, 5)]
-    rows = bench.measure_curve(SPEC.build(), prompts, 4)
-    assert [row["prompt"] for row in rows] == [3, 5]
-    for row in rows:
-        assert row["speed-up"] == pytest.approx(row["vanilla ms"] / row["d2cache ms"])
-
-
 # ---- The command line
 
 
-def test_a_checkpoint_answers_and_is_timed_as_the_flags_say(command):
+def test_a_checkpoint_is_timed_as_the_flags_say(command):
     """Its own prompt in the batch, no random one; in another precision than the file's."""
     flags = ["--gen-length", 8, "--block-length", 4, "--batch", 3, "--dtype", "float64"]
     _, numbers = command(*CHECKPOINT, *flags, "--prompt", "Zoe has 66 eggs.")
     (speed,) = numbers["speed"]
     assert (speed["prompt"], speed["response"], speed["batch"]) == (6, 8, 3)
     assert speed["block length"] == 4 and speed["dtype"] == "torch.float64"
-    assert "quality" not in numbers and "curve" not in numbers
-    by_prior = paper_settings(8)["d2cache"]
-    assert numbers["answers"][0]["d2Cache"] == answer("Zoe has 66 eggs.", 8, **by_prior)
+    assert "quality" not in numbers
 
 
 def test_the_record_tells_how_the_numbers_came_about(embedded_run):
@@ -468,7 +445,7 @@ def test_the_record_tells_how_the_numbers_came_about(embedded_run):
     assert run["device"].startswith("CPU")
     assert run["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", run["commit"])
     assert all(run[fact] for fact in ("warm-up", "repeats", "a token", "timed"))
-    assert {table["dtype"] for table in numbers["quality"] + numbers["speed"]} == {"torch.float32"}
+    assert numbers["speed"][0]["dtype"] == "torch.float32"
 
 
 @pytest.mark.parametrize(
@@ -539,14 +516,14 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly_and_the_file_is_whole(tmp
     running = process(*CHECKPOINT, "--data", data, "--json", file, stdout=write)
     os.close(write)
     assert running.communicate(timeout=200)[1] == "" and running.returncode == 0
-    assert list(json.loads(file.read_text())) == ["run", "answers", "quality", "speed"]
+    assert list(json.loads(file.read_text())) == ["run", "quality", "speed"]
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130():
-    """Once its first answer is there, in the middle of a table."""
+    """Once its first table is there, in the middle of the next."""
     heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored in a background
-    running = process("--device", "cpu", stdout=subprocess.PIPE, preexec_fn=heeds)
-    assert running.stdout.readline().startswith("prompt ")
+    running = process(*SMALL, stdout=subprocess.PIPE, preexec_fn=heeds)
+    assert running.stdout.readline().startswith("WORLDS ")
     running.send_signal(signal.SIGINT)
     _, error = running.communicate(timeout=100)
     assert (running.returncode, error.strip()) == (130, "interrupted")

@@ -21,18 +21,21 @@ import d2cache
 from d2cache import (
     COLOURS,
     EMBEDDED_MODEL,
-    EXAMPLE,
     TRACE_TITLES,
+    WORLDS,
     D2Cache,
     decode,
     draw_screen,
     generate,
+    load_module,
     paper_settings,
     paper_sigma,
     places,
     roles,
 )
 from model import DTYPES, Transformer, decode_response, encode_prompt, load_tokenizer
+
+from tiny.problems import SAMPLE
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, str(ROOT / "d2cache.py")]
@@ -54,20 +57,20 @@ def command(monkeypatch, capsys):
 
 @cache
 def embedded():
-    """The embedded model, its tokenizer and the example as ids."""
+    """The embedded model, its tokenizer and its sample as ids."""
     tokenizer = load_tokenizer(EMBEDDED_MODEL)
-    return Transformer.from_pretrained(EMBEDDED_MODEL), tokenizer, encode_prompt(tokenizer, EXAMPLE)
+    return Transformer.from_pretrained(EMBEDDED_MODEL), tokenizer, encode_prompt(tokenizer, SAMPLE)
 
 
 @cache
 def decoded(policy):
-    """The state after each step of the example's decode."""
+    """The state after each step of the sample's decode."""
     model, _, prompt = embedded()
     return list(decode(model, prompt, G, **paper_settings(G)[policy]))
 
 
 def answer(gen_length, **arguments):
-    """What `generate` answers to the example."""
+    """What `generate` answers to the sample."""
     model, tokenizer, prompt = embedded()
     tokens = generate(model, prompt, gen_length, **arguments)
     return decode_response(tokenizer, tokens[0, prompt.shape[1] :], model.config.end_ids)
@@ -109,6 +112,14 @@ def test_blocks_threshold_prompt_and_model_are_those_of_decode(command):
     assert "Anna" in command("--prompt", f"{question} does Anna have now?", *flags).out
 
 
+@pytest.mark.parametrize("name, folder", WORLDS.items())
+def test_a_world_comes_with_its_length_and_a_question_that_its_model_answers(name, folder, command):
+    problems = load_module(folder / "problems.py")
+    out, err = command("--world", name)
+    assert problems.is_right(problems.SAMPLE, out.strip())
+    assert err.startswith(f"{problems.RESPONSE_LENGTH} forwards")
+
+
 def test_a_seed_is_a_draw_and_temperature_0_is_none(command):
     def draw(*flags):
         return command("--gen-length", 8, *flags).out
@@ -135,10 +146,10 @@ def test_the_papers_settings_fit_every_length(gen_length):
         assert name != "d2cache" or arguments["policy"].k <= max(1, gen_length // 8)
 
 
-def test_the_python_of_the_readme_runs():
+def test_the_python_of_the_readme_runs_and_answers_as_the_program_does(command):
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert result.stdout == answer(64, policy=D2Cache(k=8)) + "\n", result.stderr
+    assert result.stdout == command("--model", EMBEDDED_MODEL).out, result.stderr
 
 
 # ---- The trace -----------------------------------------------------------------------------------
@@ -256,7 +267,7 @@ def test_a_terminal_shows_the_canvas_filling_and_then_the_answer():
     assert len(frames) == 16
     canvases = [re.sub(r"\033\[[^mJK]*[mJK]", "", frame) for frame in frames]
     assert [canvas.count(" _") for canvas in canvases] == list(range(15, -1, -1))
-    assert all(canvas.startswith(" " + EXAMPLE) for canvas in canvases)
+    assert all(canvas.startswith(" " + SAMPLE) for canvas in canvases)
     # Nothing is left of the frame before: neither in a line nor below the last.
     assert all(re.match(r"([^\n]*\033\[K\r\n)*[^\n]*\033\[J\r\n", frame) for frame in frames)
     assert all(f"\033[{COLOURS['committed']}m" in frame for frame in frames)
