@@ -85,15 +85,6 @@ class Config:
         """Every id that ends an answer."""
         return (self.eos_token_id, *self.other_end_ids)
 
-    @staticmethod
-    def from_json(path):
-        """The Config of a config.json, in LLaDA's layout or that of Hugging Face's Llama.
-
-        The tokenizer beside it tells which ids have a token, and which end an answer.
-        Raises ValueError naming file, key and value if one is missing or not implemented here.
-        """
-        return read_config(Path(path))
-
 
 class KVCache:
     """Keys (after RoPE) and values of every layer and position: two (L, B, T, G, D) tensors."""
@@ -637,10 +628,11 @@ def require_known(model_type, where=""):
 
 
 def read_config(path):
-    """The Config of the config.json at `path`; see Config.from_json.
+    """The Config of a config.json, in LLaDA's layout or that of Hugging Face's Llama.
 
-    The layout says by which names to read it; the tokenizer, which ids are mask and ends; what is
-    not read must ask for nothing else.
+    The layout says by which names to read it. The tokenizer beside it tells which ids have a token,
+    which is the mask, and which end an answer. What is not read must ask for nothing else.
+    Raises ValueError naming file, key and value if one is missing or not implemented here.
     """
     values = plain_values(path)
     if "hidden_size" not in values:
@@ -809,7 +801,7 @@ def load_model(path_or_repo_id, device, dtype, revision):
     require_device(device, dtype or torch.float32)
 
     folder = checkpoint_folder(path_or_repo_id, revision)
-    config = Config.from_json(folder / "config.json")
+    config = read_config(folder / "config.json")
     adapter = folder / "adapter_config.json"
     require(not adapter.exists(), f"{adapter}: adapters are not implemented, should be merged")
 

@@ -16,7 +16,7 @@ from checkpoints import write_llada_tokenizer, write_qwen2, write_words
 from hypothesis import example, given
 from hypothesis import strategies as st
 from huggingface_hub.utils import filter_repo_objects
-from model import DTYPES, Config, Transformer, load_tokenizer
+from model import DTYPES, Config, Transformer, load_tokenizer, read_config
 
 import model as model_file
 from strategies import model_specs
@@ -36,7 +36,7 @@ def holds(model, tensors):
 def read(folder, values):
     """The Config of a config.json with these values, or its refusal."""
     write_json(folder / "config.json", values)
-    return Config.from_json(folder / "config.json")
+    return read_config(folder / "config.json")
 
 
 # Good checkpoints

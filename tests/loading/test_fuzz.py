@@ -14,7 +14,7 @@ from checkpoints import DREAM, TINY, VOCAB, hf_name, make_tensors, write_checkpo
 from checkpoints import write_llada_tokenizer, write_qwen2
 from hypothesis import given
 from hypothesis import strategies as st
-from model import Config, Transformer, decode_response, encode_prompt, load_tokenizer
+from model import Transformer, decode_response, encode_prompt, load_tokenizer, read_config
 from safetensors.torch import load_file
 
 from d2cache import D2Cache, generate
@@ -34,7 +34,7 @@ def whole(folder, layout):
     else:
         config = DREAM | sizes
         (folder / "config.json").write_text(json.dumps(config))
-        ours = asdict(Config.from_json(folder / "config.json"))
+        ours = asdict(read_config(folder / "config.json"))
         tensors = {hf_name(name): tensor for name, tensor in make_tensors(ours).items()}
         write_qwen2(write_checkpoint(folder, config, tensors))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))

@@ -14,7 +14,13 @@ from checkpoints import ADDED, LETTERS, LLADA_SPECIAL, QWEN2, TINY, VOCAB, byte_
 from checkpoints import slow_bpe, write_json, write_llada_tokenizer, write_qwen2, write_words
 from hypothesis import example, given
 from hypothesis import strategies as st
-from model import QWEN2_WORDS, Config, decode_response, encode_prompt, load_tokenizer
+from model import (
+    QWEN2_WORDS,
+    decode_response,
+    encode_prompt,
+    load_tokenizer,
+    read_config,
+)
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 # The chat templates, written out. LLaDA's authors publish the ids of theirs: two newlines behind a
@@ -29,9 +35,9 @@ CHATML = (
 )
 
 
-def read_config(folder):
+def read_tiny_config(folder):
     write_json(folder / "config.json", TINY)
-    return Config.from_json(folder / "config.json")
+    return read_config(folder / "config.json")
 
 
 def described(token, special=True, **flags):
@@ -76,7 +82,9 @@ def test_of_two_tokenizers_the_one_in_a_single_file_counts(tmp_path):
 def test_a_missing_or_corrupt_tokenizer_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer.json").write_bytes(content)
-        assert refusal(tmp_path, read_config).startswith(f"{tmp_path}: no readable tokenizer (")
+        assert refusal(tmp_path, read_tiny_config).startswith(
+            f"{tmp_path}: no readable tokenizer ("
+        )
     assert refusal(tmp_path, load_tokenizer).startswith(f"{tmp_path}: no readable tokenizer (")
 
 
@@ -96,11 +104,11 @@ def test_an_added_token_whose_id_the_library_would_change_is_refused(tmp_path, t
     tokenizer.add_special_tokens(["<x>", "<y>", "b"])
     values = json.loads(tokenizer.to_str())
     write_json(tmp_path / "tokenizer.json", values)
-    assert read_config(tmp_path).vocab_size == 10
+    assert read_tiny_config(tmp_path).vocab_size == 10
     entry = next(entry for entry in values["added_tokens"] if entry["content"] == token)
     entry["id"] = id
     write_json(tmp_path / "tokenizer.json", values)
-    for load in (read_config, load_tokenizer):
+    for load in (read_tiny_config, load_tokenizer):
         complaint = f"the ids of {[token]} should follow the vocabulary's"
         assert refusal(tmp_path, load) == f"{tmp_path}: {complaint}"
 
@@ -179,7 +187,7 @@ def test_added_tokens_have_their_own_ids_and_flags(tmp_path):
 )
 def test_added_tokens_of_another_form_are_refused(tmp_path, decoder):
     write_json(write_qwen2(tmp_path) / "tokenizer_config.json", {"added_tokens_decoder": decoder})
-    for load in (read_config, load_tokenizer):
+    for load in (read_tiny_config, load_tokenizer):
         assert refusal(tmp_path, load).startswith(f"{tmp_path}: no readable tokenizer (")
 
 
@@ -187,7 +195,7 @@ def test_added_tokens_of_another_form_are_refused(tmp_path, decoder):
 def test_an_id_that_an_added_token_cannot_get_is_refused(tmp_path, id):
     added = json.dumps({"<|im_start|>": len(VOCAB), "<|im_end|>": id})
     write_qwen2(tmp_path, **{"added_tokens.json": added})
-    for load in (read_config, load_tokenizer):
+    for load in (read_tiny_config, load_tokenizer):
         assert refusal(tmp_path, load).startswith(f"{tmp_path}: ")
 
 
