@@ -8,6 +8,7 @@ import json
 import math
 import time
 
+from bench import Task, encode_problems, make_plan, measure_quality, read_world, table_text
 from model import Config, Transformer
 
 import torch  # after model, which keeps its import quiet
@@ -21,6 +22,7 @@ BATCH = 16
 MUON_LR = 0.02
 ADAMW_LR = 3e-3
 WEIGHT_DECAY = 0.05
+HELD_OUT = 200  # problems
 LEAST_T = 1 / 64  # share of tokens masked, one of the longest responses
 LEAST_RATE = 0.02  # at the end of the training, as a share of the rates above
 
@@ -277,3 +279,12 @@ def save(folder, shape, model, tokenizer):
     tensors = {"model.transformer." + name: p for name, p in model.state_dict().items()}
     save_tensors(tensors, folder / "model.safetensors")
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def print_solved(world, model, tokenizer):
+    """What the model solves of the held-out problems of its world, as bench.py's rows by prior."""
+    task = Task(world.name, model, tokenizer, **read_world(world, HELD_OUT))
+    plan = make_plan(task.gen_length, task.gen_length, own={})
+    by_prior = [row for row in plan if row.order == "prior"]
+    rows = measure_quality(task, encode_problems(task), by_prior, BATCH, temperature=0, seed=0)
+    print(table_text(rows))

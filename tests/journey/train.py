@@ -33,6 +33,7 @@ from training import (  # noqa: E402
     graded_loss,
     look_back,
     new_model,
+    print_solved,
     random_masks,
     save,
     shape,
@@ -162,6 +163,7 @@ def main():
     train(model, STEPS, lambda step: step_losses(model, rng, problems, step, waiting))
     arguments.out.mkdir(parents=True, exist_ok=True)
     save(arguments.out, SHAPE, model, tokenizer)
+    print_solved(HERE, model, tokenizer)
 
 
 if __name__ == "__main__":

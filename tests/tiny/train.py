@@ -42,6 +42,7 @@ from training import (  # noqa: E402
     diffusion_loss,
     drill_loss,
     new_model,
+    print_solved,
     save,
     shape,
     suffix_masks,
@@ -209,6 +210,7 @@ def main():
     train(model, STEPS, lambda step: step_losses(model, problems, rng, step / STEPS))
     polish(model, tokenizer)
     save(HERE, SHAPE, model, tokenizer)
+    print_solved(HERE, model, tokenizer)
 
 
 if __name__ == "__main__":
