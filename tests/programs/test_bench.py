@@ -35,8 +35,8 @@ from model import Transformer, decode_response, encode_prompt, load_tokenizer
 ROOT = Path(__file__).parents[2]
 SPEC = ModelSpec(2, 2, 1, 2, vocab_size=12, seed=0)
 PROMPT = torch.ones(1, 3, dtype=torch.long)
-# Three problems in batches of two, and random weights over 12 positions.
-SMALL = ("--device", "cpu", "--problems", 3, "--prompt-length", 8, "--gen-length", 4, "--batch", 2)
+# Three problems in a batch, and random weights over 12 positions.
+SMALL = ("--device", "cpu", "--problems", 3, "--prompt-length", 8, "--gen-length", 4, "--batch", 3)
 # As a checkpoint, so that a decode has four steps.
 CHECKPOINT = ("--device", "cpu", "--model", EMBEDDED_MODEL, "--gen-length", 4)
 OWN_POLICY = """
@@ -196,7 +196,7 @@ def test_fresh_problems_of_a_world_are_solved_and_not_timed(command, world_runs)
 
 
 def test_the_quality_table_is_what_decoding_each_problem_alone_gives(world_runs):
-    """In batches of two: padding and company change nothing."""
+    """In a batch of three: padding and company change nothing."""
     table = world_runs["tiny"][1]["quality"][0]
     problems = bench.read_world(EMBEDDED_MODEL, 3)["problems"]
     by_prior = paper_settings(64)["d2cache"]
@@ -519,11 +519,12 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly_and_the_file_is_whole(tmp
     assert list(json.loads(file.read_text())) == ["run", "quality", "speed"]
 
 
-def test_an_interrupt_is_one_line_and_exit_code_130():
+def test_an_interrupt_is_one_line_and_exit_code_130(data):
     """Once its first table is there, in the middle of the next."""
     heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored in a background
-    running = process(*SMALL, stdout=subprocess.PIPE, preexec_fn=heeds)
-    assert running.stdout.readline().startswith("WORLDS ")
+    flags = (*CHECKPOINT, "--data", data)
+    running = process(*flags, stdout=subprocess.PIPE, preexec_fn=heeds)
+    assert running.stdout.readline().startswith("QUALITY ")
     running.send_signal(signal.SIGINT)
     _, error = running.communicate(timeout=100)
     assert (running.returncode, error.strip()) == (130, "interrupted")
