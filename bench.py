@@ -700,7 +700,7 @@ def make_parser():
     add = parser.add_argument_group("quality").add_argument
     add("--world", choices=WORLDS, help="of this embedded model alone, and no speed")
     add("--data", help="JSON lines to score, as GSM8K or MBPP has them")
-    add("--problems", type=int, default=16, help="how many of them (16)")
+    add("--problems", type=int, default=12, help="how many of them (12)")
     add("--fresh", type=int, help="of the worlds: problems drawn anew with this seed")
     add("--shots", type=int, default=0, help="so many pairs before them are worked examples (0)")
     add("--run-code", action="store_true", help="MBPP: EXECUTE HERE what the model wrote")
