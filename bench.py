@@ -64,7 +64,15 @@ CPU_RACE = Race(CPU_SHAPE, torch.float32, prompts=(384,), gen_length=64, batch=2
 
 # ---- Tables --------------------------------------------------------------------------------------
 
-SHARES = ("match", "solved", "pass@1", "strict", "text", "same", "reused")  # last words, in %
+SHARES = (
+    "match",
+    "solved",
+    "pass@1",
+    "strict",
+    "text",
+    "same",
+    "reused",
+)  # by a column's last word
 EXPLAINED = {  # a line under the title of a table
     "quality": "only it, only exact: problems that this row alone solves, or exact decoding "
     "(vanilla) in the same order; same text: as that; same x reused: to rank policies by",
@@ -152,8 +160,8 @@ def no_terminal():
 
 # ---- Quality -------------------------------------------------------------------------------------
 
-# What is judged, and what the model reads: --shots puts worked examples before the question. `where`
-# names it in messages. The grader's problems have these fields, too.
+# The question is what is judged, the prompt what the model reads: --shots puts worked examples
+# before the question. `where` names it in messages. The grader's problems have these fields, too.
 Problem = namedtuple("Problem", "where question prompt answer")
 
 
@@ -839,7 +847,9 @@ def report_worlds(args, own):
     for name in WORLDS:
         tables[name], _ = quality_of(args, world_task(args, name), own)
     facts = {"models": ", ".join(WORLDS), "device": device_name(args.device)}
-    settings = {"problems of each": args.problems, "fresh ones of seed": args.fresh}
+    settings = {"problems of each": args.problems}
+    if args.fresh is not None:
+        settings["fresh, of seed"] = args.fresh
     return report("worlds", facts, settings, side_by_side(tables), {})
 
 

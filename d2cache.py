@@ -144,7 +144,7 @@ class State:
 
     @property
     def chosen(self):
-        """Recomputed in the last step; for Dream, rows that predict too.  (B, T) bool"""
+        """Recomputed in the last step, for Dream with the rows that predict.  (B, T) bool"""
         return self.recomputed_at == self.step
 
     @property
@@ -447,7 +447,8 @@ def copy_of(state):
 
 def check_choice(policy, chosen, state):
     """ValueError unless what a policy chose is a mask of the canvas, such as `known` is."""
-    found, wanted = kind_of(chosen), kind_of(state.known)
+    found = kind_of(chosen)
+    wanted = kind_of(state.known)
     name = type(policy).__name__
     fault = f"step {state.step + 1}: policy {name} chose {found}, should be {wanted}"
     require(found == wanted, fault)
@@ -907,12 +908,14 @@ def make_parser():
 
 
 def fill_in(args):
-    """Give --prompt and --gen-length, where they are left out, the values of the world."""
-    prompt, gen_length = EXAMPLE, 64
+    """Give --model, --prompt and --gen-length, where they are left out, the values of the world."""
+    prompt = EXAMPLE
+    gen_length = 64
     if args.model is None:
         args.model = WORLDS[args.world]
         world = load_module(args.model / "problems.py")
-        prompt, gen_length = world.SAMPLE, world.RESPONSE_LENGTH
+        prompt = world.SAMPLE
+        gen_length = world.RESPONSE_LENGTH
     if args.prompt is None:
         args.prompt = prompt
     if args.gen_length is None:

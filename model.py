@@ -613,9 +613,10 @@ def require_a_transformer(config):
 
     V, rows = config.vocab_size, config.embedding_size
     require(V <= rows, f"vocab_size is {V}, should be at most embedding_size {rows}")
-    for name in ("mask_token_id", "eos_token_id", "other_end_ids"):
-        ids = getattr(config, name)
-        for id in ids if name == "other_end_ids" else [ids]:
+    named = {"mask_token_id": [config.mask_token_id], "eos_token_id": [config.eos_token_id]}
+    named["other_end_ids"] = config.other_end_ids
+    for name, ids in named.items():
+        for id in ids:
             has_row = type(id) is int and 0 <= id < rows
             require(has_row, f"{name} is {shown(id)}, should be from 0 to {rows - 1}")
 

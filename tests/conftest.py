@@ -47,7 +47,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.args = config.args[1:] or [str(HERE)]  # without the one of .pytest.ini
+    if config.args[:1] == ["tests"]:  # by .pytest.ini, whatever the folder
+        config.args = config.args[1:] or [str(HERE)]
     option = config.option
     if option.solution is None and option.policy is None:
         return

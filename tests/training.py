@@ -4,9 +4,11 @@ Each world's train.py says what it draws and what it hides. The rest is here: LL
 Muon and AdamW, a schedule that counts steps. Everything is seeded: one machine, one model.
 """
 
+import argparse
 import json
 import math
 import time
+from pathlib import Path
 
 from bench import Task, encode_problems, make_plan, measure_quality, read_world, table_text
 from model import Config, Transformer
@@ -117,6 +119,15 @@ def look_back(model, distances, strength=5.0, pairs=5):
             layer.k_proj.weight[rows] = torch.outer(k, common) / size
             passed_on = nn.init.orthogonal_(torch.empty(C, D))
             layer.attn_out.weight[:, rows] = 0.15 * passed_on
+
+
+def command_line(text, seed, folder, without):
+    """The arguments of a trainer, which says what its model can be trained `without`."""
+    parser = argparse.ArgumentParser(description=text.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=seed, help=f"of the training ({seed})")
+    parser.add_argument("--without", choices=[without], help="leave out what the world is built on")
+    parser.add_argument("--out", type=Path, default=folder, help="folder for the checkpoint")
+    return parser.parse_args()
 
 
 class Problems:
@@ -274,6 +285,7 @@ def save_tensors(tensors, path):
 
 def save(folder, shape, model, tokenizer):
     """Write the checkpoint in LLaDA's format: config.json, model.safetensors, tokenizer.json."""
+    folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(shape | ARCHITECTURE, indent=2, sort_keys=True)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
     tensors = {"model.transformer." + name: p for name, p in model.state_dict().items()}

@@ -7,7 +7,6 @@ on the question. Every later mention of a person is to be predicted as the answe
 `--without question` leaves it out, to see what it is for.
 """
 
-import argparse
 import random
 import sys
 from functools import partial
@@ -27,6 +26,7 @@ from diary.problems import (  # noqa: E402
 from training import (  # noqa: E402
     MASK,
     Problems,
+    command_line,
     graded_loss,
     look_back,
     new_model,
@@ -94,12 +94,7 @@ def step_losses(model, rng, problems, question_weight):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=TRAIN_SEED)
-    parser.add_argument("--without", choices=["question"], help="leave the second loss out")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for the checkpoint")
-    arguments = parser.parse_args()
-
+    arguments = command_line(__doc__, TRAIN_SEED, HERE, without="question")
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     rng = random.Random(arguments.seed)
@@ -109,7 +104,6 @@ def main():
     look_back(model, distances=(1, 2, 3))
     weight = 0.0 if arguments.without else QUESTION_WEIGHT
     train(model, STEPS, lambda step: step_losses(model, rng, problems, weight))
-    arguments.out.mkdir(parents=True, exist_ok=True)
     save(arguments.out, SHAPE, model, tokenizer)
     print_solved(HERE, model, tokenizer)
 

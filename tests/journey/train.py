@@ -10,7 +10,6 @@ is graded by any stop, drawn at random, so that the model learns to be unsure of
 waiting` grades it by the right one: then the model learns to go back several rides in one pass.
 """
 
-import argparse
 import random
 import sys
 from functools import partial
@@ -30,6 +29,7 @@ from journey.problems import (  # noqa: E402
 from training import (  # noqa: E402
     MASK,
     Problems,
+    command_line,
     graded_loss,
     look_back,
     new_model,
@@ -146,12 +146,7 @@ def step_losses(model, rng, problems, step, waiting):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=TRAIN_SEED)
-    parser.add_argument("--without", choices=["waiting"], help="grade every stop by the right one")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for the checkpoint")
-    arguments = parser.parse_args()
-
+    arguments = command_line(__doc__, TRAIN_SEED, HERE, without="waiting")
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     rng = random.Random(arguments.seed)
@@ -161,7 +156,6 @@ def main():
     look_back(model, distances=(1, 3, -2, -8))
     waiting = arguments.without is None
     train(model, STEPS, lambda step: step_losses(model, rng, problems, step, waiting))
-    arguments.out.mkdir(parents=True, exist_ok=True)
     save(arguments.out, SHAPE, model, tokenizer)
     print_solved(HERE, model, tokenizer)
 
