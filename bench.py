@@ -30,6 +30,7 @@ from model import load_tokenizer, require
 import torch  # after model, which keeps its import quiet
 import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -607,6 +608,15 @@ def select(policy, state, shifted):
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
 
+# Kernels of attention, the fastest one first. cuDNN's plans for every number of rows anew, for 30
+# ms: too long for a step, but a graph needs it once.
+FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
 
 class CudaGraphs:
     """A policy whose passes are replayed as CUDA graphs, one launch for the model's thousand.
@@ -685,7 +695,8 @@ class CudaGraphs:
         """A graph of what run() launches, and the tensors in which a replay leaves its results."""
         graph = torch.cuda.CUDAGraph()
         # Sharing memory is safe: the results of one graph are used up before the next is replayed.
-        with torch.cuda.device(self.model.wte.weight.device):
+        device = self.model.wte.weight.device
+        with torch.cuda.device(device), sdpa_kernel(FASTEST_FIRST, set_priority=True):
             run()  # what kernels do when they are first used cannot be captured
             with torch.cuda.graph(graph, pool=self.pool):
                 outputs = run()

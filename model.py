@@ -35,7 +35,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 # The layouts implemented, by model_type, and whether row i - 1 of their logits predicts position i.
 SHIFTED = {"llada": False, "illada": False, "a2d-qwen2": False, "Dream": True}
-MAP_ROWS = 256  # queries in a slice of the attention map
+MAP_ROWS = 512  # queries in a slice of the attention map
 
 
 def require(condition, message):
