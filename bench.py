@@ -10,7 +10,6 @@ and with --data too, its score.
 import argparse
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -328,15 +327,15 @@ def quality_row(row, outcome, exact, score, gen_length):
     }
 
 
-def measure_quality(task, prompts, plan, batch, temperature, seed):
-    """Rows of the quality table. Chance, of tokens drawn and of controls, starts anew for each."""
+def measure_quality(task, prompts, plan, batch):
+    """Rows of the quality table. The chance of controls starts anew for each."""
     rows = []
     exact = {}  # Outcome by order
     total = len(plan) * len(prompts)
     with tqdm(total=total, desc="quality", unit="decode", disable=no_terminal()) as progress:
         for row in plan:
-            arguments = row.arguments | sampling(temperature, seed, task.model.wte.weight.device)
-            outcome = solve(task, prompts, arguments, batch, progress)
+            torch.manual_seed(0)
+            outcome = solve(task, prompts, row.arguments, batch, progress)
             reference = exact.get(row.order)
             rows.append(quality_row(row, outcome, reference, task.score, task.gen_length))
             exact.setdefault(row.order, outcome)
@@ -360,14 +359,6 @@ def side_by_side(tables):
         row["same x reused"] = None if None in ranks else statistics.mean(ranks)
         merged.append(row)
     return merged
-
-
-def sampling(temperature, seed, device):
-    """Reseed torch, for the controls; the arguments of `decode` that draw tokens, if any are."""
-    torch.manual_seed(seed)
-    if temperature == 0:
-        return {}
-    return {"temperature": temperature, "generator": torch.Generator(device).manual_seed(seed)}
 
 
 # ---- Speed ---------------------------------------------------------------------------------------
@@ -455,20 +446,16 @@ def ridge_rows(element_size, rates):
 def row_counts(policy, states):
     """(rows through the layers, rows through the head) of every step, in all sequences.
 
-    Through the head go the masked positions that the policy chose. A State does not tell: for Dream
-    `chosen` holds more. So the policy is asked again; its answer depends on the state alone.
+    Through the head go those masked before the step. (For Dream `chosen` holds some rows more: the
+    floor is a little high.)
     """
     counts = []
-    before = None
     for step, state in enumerate(states):
         in_layers = state.chosen
         if hasattr(policy, "recomputed"):  # a pass of its own, in shares of the layers
             in_layers = policy.recomputed[step]
-        in_head = state.masked | state.fresh  # masked before this step's commit
-        if before is not None:  # the first step predicts all of them
-            in_head = in_head & policy.choose(before)
+        in_head = state.chosen & (state.masked | state.fresh)
         counts.append((in_layers.sum().item(), in_head.sum().item()))
-        before = state
     return counts
 
 
@@ -723,8 +710,6 @@ def make_parser():
     add("--fresh", type=int, help="of the worlds: problems drawn anew with this seed")
     add("--shots", type=int, default=0, help="so many pairs before them are worked examples (0)")
     add("--run-code", action="store_true", help="MBPP: EXECUTE HERE what the model wrote")
-    add("--temperature", type=float, default=0.0, help="draw tokens (0: take the likeliest)")
-    add("--seed", type=int, default=0, help="of these draws and of the controls (0)")
 
     add = parser.add_argument_group("speed").add_argument
     add("--prompt", help="with --model: the text to time")
@@ -742,11 +727,10 @@ def make_parser():
 def check(args):
     """ValueError, in a line, for arguments that cannot be meant; before any work."""
     least = {"problems": 1, "prompt_length": 1, "block_length": 1, "batch": 1, "gen_length": 2}
-    for flag, lowest in (least | {"shots": 0, "seed": 0, "fresh": 0, "temperature": 0}).items():
+    for flag, lowest in (least | {"shots": 0, "fresh": 0}).items():
         value = getattr(args, flag)
         fault = f"--{flag.replace('_', '-')} is {value}, should be at least {lowest}"
-        require(value is None or lowest <= value < math.inf, fault)
-    require(args.seed < 2**63, f"--seed is {args.seed}, should be below 2^63")
+        require(value is None or value >= lowest, fault)
 
     fault = "--fresh and --world are of the embedded models, without --data and --model"
     embedded = args.fresh is None and args.world is None
@@ -760,12 +744,8 @@ def check(args):
     fault = "--run-code needs Linux: its limit on memory was tried there"
     require(not args.run_code or sys.platform == "linux", fault)
 
-    if args.json:  # an OSError says why it cannot be written
-        target = os.path.realpath(args.json)  # behind a link, which stays
-        is_new = not os.path.exists(target)
-        open(target, "a").close()
-        if is_new:
-            os.remove(target)
+    if args.json:
+        open(args.json, "a").close()  # an OSError says why it cannot be written
 
 
 def block_length_of(args, gen_length):
@@ -842,7 +822,7 @@ def quality_of(args, task, own):
     ours = {"d2Cache": paper_settings(gen_length)["d2cache"]["policy"]}
     settings |= {name: str(policy) for name, policy in (ours | own).items()}
     plan = make_plan(gen_length, block_length, own)
-    rows = measure_quality(task, prompts, plan, batch, args.temperature, args.seed)
+    rows = measure_quality(task, prompts, plan, batch)
     return rows, settings
 
 
@@ -959,11 +939,6 @@ def run_record(args):
         "torch": torch.__version__,
         "driver": output_of(driver),
         "device": device_name(args.device),
-        "warm-up": "of each row on a GPU a decode, on a CPU one step",
-        "repeats": f"{RUNS} decodes, but no further one after {LONG_RUN:g} s; the median counts",
-        "a token": "is a position of the response, end-of-text too",
-        "timed": "each step of a decode, from an idle device to an idle one: the forward pass, what"
-        " it commits, what the policy chooses next; neither loading nor tokenizing",
     }
 
 
@@ -981,12 +956,7 @@ def run(args):
     numbers = {}
     for kind, text, table in reports(args):
         numbers.setdefault(kind, []).append(table)
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:
-            if not args.json:
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # go on for the file
+        print(text, flush=True)
     if args.json:
         written = json.dumps({"run": run_record(args)} | numbers, indent=2) + "\n"
         Path(args.json).write_text(written, encoding="utf-8")

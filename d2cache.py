@@ -816,11 +816,8 @@ TRACE = "{:>4}  {:<30}  {:<14}  {:<8}  {}"
 TRACE_TITLES = ("step", "committed, confidence, prior", "candidates", "fresh", "known")
 
 
-def trace(before, state, sigma, tokenizer, end_ids=()):
-    """A step of one sequence as a line: what it committed, how sure, and what it recomputed.
-
-    Where decoding stops at one of end_ids, the EOS that this step put behind it are only counted.
-    """
+def trace(before, state, sigma, tokenizer):
+    """A step of one sequence as a line: what it committed, how sure, and what it recomputed."""
     known_before = state.known & ~state.fresh  # when the step decided
     prior = certainty_prior(state.confidence, known_before, sigma)[0].tolist()
     confidence = state.confidence[0].tolist()
@@ -829,9 +826,6 @@ def trace(before, state, sigma, tokenizer, end_ids=()):
     for i in state.fresh[0].nonzero()[:, 0].tolist():
         text = tokenizer.decode([tokens[i]], skip_special_tokens=False)
         commits.append(f"{i} {text!r} {confidence[i]:.3f} {prior[i]:.3f}")
-        if tokens[i] in end_ids and not state.masked[0, :i].any():
-            commits.append(f"and {state.fresh[0, i + 1 :].sum()} behind it")
-            break
 
     role = roles(before, state)
     reasons = [places(role[name][0]) for name in ("candidates", "fresh", "known")]
@@ -871,16 +865,8 @@ def run_program(parser, work):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise  # a bug keeps its traceback
+    except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
         parser.error(" ".join(str(error).split()) or "out of memory")
-
-
-def out_of_memory(error):
-    """Whether an error of torch's says so."""
-    texts = ("out of memory", "not enough memory", "can't allocate memory")
-    return any(text in str(error) for text in texts)
 
 
 def make_parser():
@@ -899,8 +885,6 @@ def make_parser():
     add("--policy", default="d2cache", help=f"{policies} or FILE.py:Name(k=8)")
     add("--block-length", type=int, help="decode in blocks of so many tokens, by confidence")
     add("--threshold", type=float, help="commit every token at least so confident, too")
-    add("--temperature", default=0.0, type=float, help="draw tokens (0: take the likeliest)")
-    add("--seed", default=0, type=int, help="of these draws")
     add("--stop-at-eos", action="store_true", help="stop where the answer ends")
     add("--trace", action="store_true", help="print what every step commits and recomputes")
     add("--delay", default=0.05, type=float, help="seconds between two steps on the screen (0.05)")
@@ -925,7 +909,6 @@ def fill_in(args):
 def decode_arguments(args):
     """Arguments of `decode` for the policy, and the order, that the command line names."""
     check_whole("--gen-length", args.gen_length)
-    require(0 <= args.seed < 2**63, f"--seed is {args.seed}, should be from 0 to 2**63 - 1")
     ours = paper_settings(args.gen_length)
     if args.policy in ours:
         arguments = ours[args.policy]
@@ -935,8 +918,7 @@ def decode_arguments(args):
         arguments = {"policy": load_policy(args.policy)}
     if args.block_length is not None:
         arguments |= {"block_length": args.block_length}
-    arguments |= {"threshold": args.threshold, "temperature": args.temperature}
-    return arguments | {"stop_at_eos": args.stop_at_eos}
+    return arguments | {"threshold": args.threshold, "stop_at_eos": args.stop_at_eos}
 
 
 def run(args):
@@ -947,9 +929,6 @@ def run(args):
     tokenizer = load_tokenizer(args.model, args.revision)
     prompt = encode_prompt(tokenizer, args.prompt)
     model = Transformer.from_pretrained(args.model, args.device, args.dtype, args.revision)
-    if args.temperature > 0:
-        arguments["generator"] = torch.Generator(args.device).manual_seed(args.seed)
-    end_ids = model.config.end_ids if args.stop_at_eos else ()
     watched = not args.trace and shows_colours(sys.stdout)
 
     before = None
@@ -959,7 +938,7 @@ def run(args):
     for state in decode(model, prompt, args.gen_length, **arguments):
         recomputed += state.chosen.float().mean().item()
         if args.trace:
-            print(trace(before, state, paper_sigma(args.gen_length), tokenizer, end_ids))
+            print(trace(before, state, paper_sigma(args.gen_length), tokenizer))
         if watched:
             screen = draw_screen(before, state, tokenizer, recomputed / state.step)
             print(f"\033[H{screen}\033[J", flush=True)

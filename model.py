@@ -15,7 +15,6 @@ LLaDA: arXiv 2502.09992, Dream: 2508.15487. Index order is always batch, positio
 
 import json
 import re
-import sys
 import warnings
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -288,6 +287,8 @@ class Transformer(nn.Module):
 
 # ---- Files ---------------------------------------------------------------------------------------
 
+OR_POINTER = ", or a pointer that `git lfs pull` replaces"
+
 
 def shown(value):
     """A value for a message, not longer than a line."""
@@ -313,22 +314,12 @@ def checkpoint_folder(path_or_repo_id, revision=None):
         raise ValueError(f"{name!r} is no local folder, and {reason}") from error
 
 
-def require_no_pointer(file):
-    """ValueError if git-LFS left a pointer in place of a file."""
-    if file.is_file():
-        with open(file, "rb") as stream:
-            start = stream.read(100)
-        pointer = f"{file}: a pointer of git-LFS, `git lfs pull` gets the file itself"
-        require(not start.startswith(b"version https://git-lfs"), pointer)
-
-
 def read_json(file):
     """The JSON object in a file; ValueError if there is none."""
-    require_no_pointer(file)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: no readable JSON ({error})") from error
+        raise ValueError(f"{file}: no readable JSON{OR_POINTER} ({error})") from error
     require(isinstance(values, dict), f"{file}: holds {type(values)}, should hold a JSON object")
     return values
 
@@ -359,19 +350,11 @@ PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normaliz
 
 
 def load_tokenizer(path_or_repo_id, revision=None):
-    """The tokenizer of tokenizer.json, or else of Qwen2's three files; ValueError without any.
-
-    One line on stderr if the checkpoint's own chat template is not the one used here.
-    """
+    """The tokenizer of tokenizer.json, or else of Qwen2's three files; ValueError without any."""
     folder = checkpoint_folder(path_or_repo_id, revision)
     tokenizer = read_tokenizer(folder)
     neither = f"{folder}: no readable tokenizer (neither tokenizer.json nor vocab.json is there)"
     require(tokenizer is not None, neither)
-
-    base = "-base" in Path(path_or_repo_id).name.lower()
-    note = note_on_the_template(folder, template_of(tokenizer), base)
-    if note:
-        print(f"note: {path_or_repo_id} {note}", file=sys.stderr)
     return tokenizer
 
 
@@ -402,9 +385,7 @@ def read_tokenizer(folder):
 
 def qwen2_tokenizer(folder):
     """Qwen2's vocab.json, merges.txt and added tokens, as tokenizer.json would hold them."""
-    file = folder / "merges.txt"
-    require_no_pointer(file)
-    lines = file.read_text(encoding="utf-8").split("\n")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
     words = {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}}
     words |= {"behavior": "Isolated", "invert": False}
@@ -436,40 +417,14 @@ def added_tokens(folder):
 
 
 def template_of(tokenizer):
-    """The chat template all of whose control tokens the tokenizer has, or None."""
+    """The chat template all of whose control tokens the tokenizer has, or None.
+
+    So a base model gets it too, and a checkpoint with a template of its own does not get that one.
+    """
     for template in (LLADA_TEMPLATE, CHATML_TEMPLATE):
         if all(tokenizer.token_to_id(token) is not None for token in CONTROL.findall(template)):
             return template
     return None
-
-
-def note_on_the_template(folder, template, base):
-    """What a user should know if the chat template is not the checkpoint's own; else None.
-
-    template: ours, or None. base: whether the checkpoint's name says that it is a base model.
-    """
-    own = read_optional_json(folder / "tokenizer_config.json").get("chat_template")
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        own = file.read_text(encoding="utf-8", errors="replace")
-    if template is None and own:
-        return "has a chat template that is not implemented: the prompt goes without one"
-    if template is None:
-        return None
-    if own is None or base:
-        return "looks like a base model: the prompt is put into a chat template all the same"
-    if not looks_like(own, template):
-        return "has a chat template other than the one that the prompt is put into"
-    return None
-
-
-def looks_like(own, template):
-    """Whether a template in Jinja, which is not run here, has the marks of one of ours."""
-    own = str(own).replace("\\\\", "\\").replace("\\n", "\n")  # of several, a list, any will do
-    if template == CHATML_TEMPLATE:
-        return CHATML_SYSTEM in own
-    marks = ("<|start_header_id|>", "<|end_header_id|>\n\n", "trim", "<|eot_id|>", "bos_token")
-    return all(text in own for text in marks) and "system" not in own
 
 
 def encode_prompt(tokenizer, text):
@@ -478,12 +433,6 @@ def encode_prompt(tokenizer, text):
     Only the template's own control tokens become control ids: those that the text spells out stay
     text. A tokenizer cuts at control tokens first, so all ids are those of the whole template.
     """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        wrong = text[error.start : error.end]
-        raise ValueError(f"prompt holds {wrong!r}, half a character: no Unicode text") from error
-
     template = template_of(tokenizer) or "{text}"
     if template == LLADA_TEMPLATE:
         text = text.strip()
@@ -522,7 +471,8 @@ def literal_ids(literal, text):
     try:
         encoding = literal.encode(text, add_special_tokens=False)
     except Exception as error:  # the library raises nothing more specific
-        raise ValueError(f"prompt: this tokenizer cannot encode it ({error})") from error
+        wrong = f"prompt {shown(text)} cannot be encoded by this tokenizer ({error})"
+        raise ValueError(wrong) from error
 
     unk = getattr(literal.model, "unk_token", None)
     pieces = zip(encoding.tokens, encoding.offsets)
@@ -773,11 +723,10 @@ def map_tensors(folder):
     """{our name: tensor} of a checkpoint, mapped from its files: a weight is read when used."""
     found = {}
     for file in shards(folder):
-        require_no_pointer(file)
         try:
             stored = load_file(file)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: missing, truncated or corrupt ({error})") from error
+            raise ValueError(f"{file}: missing or corrupt{OR_POINTER} ({error})") from error
 
         for name, tensor in stored.items():
             if name.rpartition(".")[2] in TABLES:

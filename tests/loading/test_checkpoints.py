@@ -517,7 +517,7 @@ NO_JSON = {
     "endless-nesting": (b"[" * 100_000, "recursion"),
     "endless-number": (b'{"d_model": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
     "list": (b"[1, 2]", "should hold a JSON object"),
-    "pointer": (LFS, "a pointer of git-LFS, `git lfs pull` gets the file itself"),
+    "pointer": (LFS, "a pointer that `git lfs pull` replaces"),
 }
 NO_MAP = {
     "missing": (None, "holds neither model.safetensors nor"),
@@ -526,8 +526,8 @@ NO_MAP = {
     "empty map": (b'{"weight_map": {}}', "has no weight_map"),
 }
 NO_TENSORS = {
-    "missing": (None, "missing, truncated or corrupt"),
-    "empty": (b"", "missing, truncated or corrupt"),
+    "missing": (None, "missing or corrupt"),
+    "empty": (b"", "missing or corrupt"),
     "pointer": (LFS, NO_JSON["pointer"][1]),
 }
 BROKEN = {"config.json": NO_JSON, INDEX: NO_JSON | NO_MAP, SHARD: NO_TENSORS}
@@ -552,7 +552,7 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path_factory, length):
     file = write_checkpoint(tmp_path_factory.mktemp("cut")) / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: length % len(whole)])
-    assert refusal(file.parent).startswith(f"{file}: missing, truncated or corrupt")
+    assert refusal(file.parent).startswith(f"{file}: missing or corrupt")
 
 
 @pytest.mark.parametrize("shard", ["../x", "{absolute}", "a/b", "", ".", "..", None, ["x"]])

@@ -284,7 +284,7 @@ def test_a_prompt_is_put_into_the_template_whose_tokens_the_tokenizer_has(lacks)
         assert encode_prompt(tokenizer, "Why?").tolist() == [tokenizer.encode(prompt).ids]
 
 
-@pytest.mark.parametrize("text, wrong", [("caf\udce9", "'\\udce9'"), ("a \ud83d b", "'\\ud83d'")])
+@pytest.mark.parametrize("text, wrong", [("caf\udce9", r"\udce9"), ("a \ud83d b", r"\ud83d")])
 def test_half_a_character_is_refused(text, wrong):
     """A terminal gives the first for a byte that is no UTF-8, JSON the second for half a pair."""
     with pytest.raises(ValueError) as caught:
@@ -304,7 +304,7 @@ def test_text_without_a_token_is_refused_whatever_the_unknown_token_is_called(un
 def test_a_prompt_that_makes_no_ids_is_refused():
     with pytest.raises(ValueError, match="prompt is '', should hold at least one token"):
         encode_prompt(Tokenizer(models.WordLevel({"a": 0}, "a")), "")
-    with pytest.raises(ValueError, match="prompt: this tokenizer cannot encode it"):
+    with pytest.raises(ValueError, match="cannot be encoded by this tokenizer"):
         encode_prompt(Tokenizer(models.WordLevel({"a": 0}, "an absent token")), "x")
 
 
@@ -344,51 +344,3 @@ def test_an_answer_is_what_stands_between_blanks_and_special_tokens():
     tokenizer = tokenizer_of("Qwen2")
     ids = tokenizer.encode(" \n the<|mask|> hello<tool> \n").ids
     assert decode_response(tokenizer, torch.tensor(ids), 0) == "the hello<tool>"
-
-
-# A checkpoint's own template
-
-LLADA_OWN = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_"
-    "header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_"
-    "id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content "
-    "}}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
-)
-QWEN_OWN = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant."
-    "<|im_end|>\\n' }}{% endif %}{% for message in messages %}{{'<|im_start|>' + message['role'] + "
-    "'\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
-)
-ALIBABA = QWEN_OWN.replace("You are", "You are Qwen, created by Alibaba Cloud. You are")
-
-
-@pytest.mark.parametrize(
-    "write, own, name, note",
-    [
-        (write_llada_tokenizer, LLADA_OWN, "model", None),
-        (write_llada_tokenizer, LLADA_OWN.replace("| trim", ""), "model", "other than the one"),
-        (write_llada_tokenizer, LLADA_OWN + "{{ system }}", "model", "other than the one"),
-        (write_llada_tokenizer, None, "model", "looks like a base model"),
-        (write_qwen2, QWEN_OWN, "model", None),
-        (write_qwen2, [{"name": "default", "template": QWEN_OWN}], "model", None),
-        (write_qwen2, ALIBABA, "model", "other than the one"),
-        (write_qwen2, QWEN_OWN, "Dream-v0-Base-7B", "looks like a base model"),
-        (lambda folder: write_words(folder, "ab"), QWEN_OWN, "model", "is not implemented"),
-        (lambda folder: write_words(folder, "ab"), None, "a-base", None),
-    ],
-)
-@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
-def test_a_line_says_when_the_template_is_not_the_checkpoints_own(
-    tmp_path, capsys, write, own, name, note, file
-):
-    folder = tmp_path / name
-    folder.mkdir()
-    write(folder)
-    if own is not None and file == "tokenizer_config.json":
-        write_json(folder / file, {"chat_template": own})
-    elif own is not None:
-        (folder / file).write_text(own if isinstance(own, str) else own[0]["template"])
-    load_tokenizer(folder)
-    line = capsys.readouterr().err
-    assert line == "" if note is None else line.startswith(f"note: {folder} ") and note in line
-    assert line.count("\n") == (note is not None)

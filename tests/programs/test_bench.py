@@ -267,11 +267,10 @@ def test_a_policy_that_breaks_its_contract_is_refused_before_any_table(refused, 
     assert "policy Mine chose no masked position" in line and "step 2" in line
 
 
-def test_chance_starts_anew_with_the_seed_in_every_row(command, data):
-    """Two runs with a seed are alike, drawn tokens and random controls; another seed is another."""
-    flags = (*CHECKPOINT, "--data", data, "--temperature", 1.5, "--seed")
-    first, again, other = (command(*flags, seed)[1]["quality"][0]["rows"] for seed in (1, 1, 2))
-    assert first == again and first != other
+def test_chance_starts_anew_in_every_row(command, data):
+    """Controls draw positions: two runs are alike."""
+    first, again = (command(*CHECKPOINT, "--data", data)[1]["quality"][0]["rows"] for _ in range(2))
+    assert first == again
 
 
 # ---- Quality: data
@@ -356,11 +355,9 @@ def test_the_ridge_is_where_reading_and_arithmetic_take_as_long():
     assert bench.ridge_rows(2, (3.35e12, 989e12)) == pytest.approx(295.2, abs=0.1)
 
 
-@pytest.mark.parametrize("dream", [False, True])
 @pytest.mark.parametrize("policy", [RecomputeAll(), DualCache(), D2Cache(k=3)])
-def test_the_floor_counts_the_rows_that_pass_layers_and_head(policy, dream):
-    """For Dream a row before each predicted one is recomputed, and passes no head for that."""
-    model = ModelSpec(2, 2, 1, 2, vocab_size=12, seed=0, dream=dream).build()
+def test_the_floor_counts_the_rows_that_pass_layers_and_head(policy):
+    model = ModelSpec(2, 2, 1, 2, vocab_size=12, seed=0).build()
     passed = []
 
     class Spy:
@@ -444,7 +441,6 @@ def test_the_record_tells_how_the_numbers_came_about(embedded_run):
     assert run["torch"] == torch.__version__ and run["arguments"]["problems"] == 3
     assert run["device"].startswith("CPU")
     assert run["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", run["commit"])
-    assert all(run[fact] for fact in ("warm-up", "repeats", "a token", "timed"))
     assert numbers["speed"][0]["dtype"] == "torch.float32"
 
 
@@ -456,9 +452,6 @@ def test_the_record_tells_how_the_numbers_came_about(embedded_run):
         (["--batch", -1], "--batch is -1, should be at least 1"),
         (["--gen-length", 1], "--gen-length is 1, should be at least 2"),
         (["--shots", -1], "--shots is -1, should be at least 0"),
-        (["--temperature", "nan"], "--temperature is nan, should be at least 0"),
-        (["--temperature", "inf"], "--temperature is inf"),
-        (["--seed", 2**63], f"--seed is {2**63}, should be below 2^63"),
         (["--revision", "main"], "--revision needs --model"),
         (["--prompt", "Hello"], "--prompt needs --model"),
         (["--model", "x", "--prompt-length", 5], "--prompt-length is of a random prompt"),
@@ -478,18 +471,16 @@ def test_a_mistake_costs_one_line_and_exit_code_2(arguments, said, refused):
 
 
 def test_a_file_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch, capsys):
-    """And a link that leads nowhere yet is still there afterwards, as is a file."""
+    """And one that can keeps what it holds until there is something to write."""
     kept = tmp_path / "kept.json"
     kept.write_text("kept")
-    link = tmp_path / "link.json"
-    link.symlink_to(tmp_path / "target.json")
-    for path in (kept, link, tmp_path / "no" / "x.json"):
-        monkeypatch.setattr(sys, "argv", ["bench.py", "--json", str(path), "--data", "nowhere"])
+    for path, complaint in ((kept, "nowhere.jsonl"), (tmp_path / "no" / "x.json", "no/x.json")):
+        flags = ["--json", str(path), "--data", "nowhere.jsonl"]
+        monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
         with pytest.raises(SystemExit):
             bench.main()
-        assert ("nowhere" in capsys.readouterr().err) == (path.parent == tmp_path)
-    assert kept.read_text() == "kept" and link.is_symlink()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.json", "link.json"]
+        assert complaint in capsys.readouterr().err
+    assert kept.read_text() == "kept"
 
 
 @pytest.mark.parametrize("free, large", [(bench.LLADA_8B_BYTES, False), (80e9, True)])
@@ -508,15 +499,13 @@ def process(*arguments, **streams):
     return subprocess.Popen(line, text=True, stderr=subprocess.PIPE, cwd=ROOT.parent, **streams)
 
 
-def test_a_reader_that_has_seen_enough_ends_it_quietly_and_the_file_is_whole(tmp_path, data):
+def test_a_reader_that_has_seen_enough_ends_it_quietly():
     """As `| head -1` does; and without a terminal no progress bar is drawn."""
     read, write = os.pipe()
     os.close(read)
-    file = tmp_path / "numbers.json"
-    running = process(*CHECKPOINT, "--data", data, "--json", file, stdout=write)
+    running = process(*CHECKPOINT, stdout=write)
     os.close(write)
     assert running.communicate(timeout=200)[1] == "" and running.returncode == 0
-    assert list(json.loads(file.read_text())) == ["run", "quality", "speed"]
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(data):
@@ -539,7 +528,7 @@ def test_it_runs_where_stdout_or_stderr_is_closed(closing, tmp_path):
     assert (result.returncode, result.stderr) == (0, "") and file.exists()
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried")])
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("out of memory")])
 def test_a_full_memory_is_never_an_empty_message(error, monkeypatch, refused):
     def full(*arguments):
         raise error
