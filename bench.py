@@ -64,15 +64,7 @@ CPU_RACE = Race(CPU_SHAPE, torch.float32, prompts=(384,), gen_length=64, batch=2
 
 # ---- Tables --------------------------------------------------------------------------------------
 
-SHARES = (
-    "match",
-    "solved",
-    "pass@1",
-    "strict",
-    "text",
-    "same",
-    "reused",
-)  # by a column's last word
+SHARES = ["match", "solved", "pass@1", "strict", "text", "same", "reused"]  # last words of columns
 EXPLAINED = {  # a line under the title of a table
     "quality": "only it, only exact: problems that this row alone solves, or exact decoding "
     "(vanilla) in the same order; same text: as that; same x reused: to rank policies by",
@@ -151,11 +143,6 @@ def device_name(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-def no_terminal():
-    """Whether stderr shows no progress bars: it is closed, which makes it None, or a file."""
-    return sys.stderr is None or not sys.stderr.isatty()
 
 
 # ---- Quality -------------------------------------------------------------------------------------
@@ -332,7 +319,7 @@ def measure_quality(task, prompts, plan, batch):
     rows = []
     exact = {}  # Outcome by order
     total = len(plan) * len(prompts)
-    with tqdm(total=total, desc="quality", unit="decode", disable=no_terminal()) as progress:
+    with tqdm(total=total, desc="quality", unit="decode", disable=None) as progress:
         for row in plan:
             torch.manual_seed(0)
             outcome = solve(task, prompts, row.arguments, batch, progress)
@@ -473,15 +460,6 @@ def step_seconds(model, prompt, gen_length, arguments, steps):
     return seconds, states
 
 
-def mean_step(seconds, steps):
-    """Seconds per step of a decode of so many, of which the first ones took `seconds`.
-
-    The first step recomputes everything. The others take what those timed took, in the mean.
-    """
-    first, *later = seconds
-    return (first + (steps - 1) * statistics.mean(later or [first])) / steps
-
-
 def time_row(model, prompt, gen_length, row, replayed, rates):
     """The Timing of a row, after a warm-up.
 
@@ -506,7 +484,7 @@ def time_row(model, prompt, gen_length, row, replayed, rates):
     spent = 0
     while len(runs) < RUNS and spent < LONG_RUN:
         seconds, states = step_seconds(model, prompt, gen_length, arguments, steps)
-        runs.append(mean_step(seconds, gen_length))
+        runs.append(statistics.mean(seconds))
         spent += sum(seconds)
 
     share = work_done(states, policy)[1].mean().item()
@@ -527,7 +505,7 @@ def measure_speed(model, prompt, gen_length, plan, rates):
             if prompt.is_cuda and not hasattr(row.arguments["policy"], "recompute"):
                 ways.append((row, True))
     timings = []
-    for row, replayed in tqdm(ways, desc="speed", unit="row", disable=no_terminal()):
+    for row, replayed in tqdm(ways, desc="speed", unit="row", disable=None):
         timings.append(time_row(model, prompt, gen_length, row, replayed, rates))
     return timings
 

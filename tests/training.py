@@ -298,5 +298,5 @@ def print_solved(world, model, tokenizer):
     task = Task(world.name, model, tokenizer, **read_world(world, HELD_OUT))
     plan = make_plan(task.gen_length, task.gen_length, own={})
     by_prior = [row for row in plan if row.order == "prior"]
-    rows = measure_quality(task, encode_problems(task), by_prior, BATCH, temperature=0, seed=0)
+    rows = measure_quality(task, encode_problems(task), by_prior, BATCH)
     print(table_text(rows))

@@ -88,7 +88,7 @@ def main():
         model = Transformer.from_pretrained(folder)
         task = Task(name, model, load_tokenizer(folder), **world)
         rows = plan(task.gen_length, own)
-        tables[name] = measure_quality(task, encode_problems(task), rows, BATCH, 0.0, seed=0)
+        tables[name] = measure_quality(task, encode_problems(task), rows, BATCH)
     ranked = [row for row in side_by_side(tables) if row["same x reused"] is not None]
     ranked.sort(key=lambda row: -row["same x reused"])
     print(table_text(ranked))

@@ -82,7 +82,7 @@ def measure(settings, worlds=WORLDS):
         exact = [("vanilla", "", RecomputeAll(), block_length) for block_length in lengths]
         points = exact + settings
         rows = [Row(policy, n, dict(policy=p, block_length=n), False) for policy, _, p, n in points]
-        quality = measure_quality(task, encode_problems(task), rows, BATCH, 0.0, seed=0)
+        quality = measure_quality(task, encode_problems(task), rows, BATCH)
         for (policy, setting, _, block_length), cells in zip(points, quality):
             point = {"world": name, "policy": policy, "setting": setting, "block": block_length}
             point["recomputed"] = round(1 - cells["reused"], 4)
