@@ -749,7 +749,7 @@ def read_data(args):
 def read_world(folder, n, fresh=None):
     """n problems of a world, who judges them, and its gen_length, as fields of a Task.
 
-    Those of its file; or, so that nobody tunes to them, `fresh` ones of that seed.
+    They are the held-out ones; or, so that nobody tunes to them, those of the seed `fresh`.
     """
     module = load_module(folder / "problems.py")
 
@@ -757,13 +757,9 @@ def read_world(folder, n, fresh=None):
         right = module.is_right(problem.question, text)
         return right, right  # there is no stricter score
 
-    if fresh is None:
-        lines = (folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()
-        pairs = [json.loads(line).values() for line in lines]
-    else:
-        pairs = module.draw_problems(fresh)
+    seed = module.TEST_SEED if fresh is None else fresh
     problems = []
-    for number, (question, answer) in enumerate(pairs[:n], 1):
+    for number, (question, answer) in enumerate(module.draw_problems(seed)[:n], 1):
         where = f"{folder.name}, problem {number}"
         problems.append(Problem(where, question, question, answer))
     return {"gen_length": module.RESPONSE_LENGTH, "problems": problems, "is_right": is_right}

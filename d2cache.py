@@ -712,8 +712,9 @@ def check_sampling(temperature, generator, device):
 
 # ---- The command line ----------------------------------------------------------------------------
 
-# A world is a folder: a checkpoint, problems.jsonl, and problems.py with is_right(question, text),
-# draw_problems(seed), a SAMPLE of its questions, and RESPONSE_LENGTH, as the model is trained for.
+# A world is a folder: a checkpoint, and problems.py with is_right(question, text),
+# draw_problems(seed), the TEST_SEED of the held-out problems, a SAMPLE of the questions, and
+# RESPONSE_LENGTH, as the model is trained for.
 TESTS = Path(__file__).resolve().parent / "tests"
 WORLDS = {name: TESTS / name for name in ("tiny", "diary", "journey")}
 EMBEDDED_MODEL = WORLDS["tiny"]

@@ -8,16 +8,12 @@ mostly does: nothing foretells which. From then on the person is called that. So
 question means another one as soon as the answer has said so: the keys and values of the prompt go
 out of date, and a cache that keeps them says the old name.
 
-Many answers are right, so `is_right` judges. `python tests/diary/problems.py` writes
-problems.jsonl, the held-out problems; `... problems.py 7 fresh.jsonl` others.
+Many answers are right, so `is_right` judges.
 """
 
-import json
 import random
 import re
-import sys
 from itertools import combinations
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -118,18 +114,3 @@ def draw_problems(seed):
     """The held-out problems of a seed: (question, answer)."""
     rng = random.Random(seed)
     return [problem(rng) for _ in range(TEST_PROBLEMS)]
-
-
-def main():
-    """Write the held-out problems; with a seed and a file as arguments, fresh ones."""
-    seed = TEST_SEED
-    path = Path(__file__).parent / "problems.jsonl"
-    if len(sys.argv) == 3:
-        seed = int(sys.argv[1])
-        path = Path(sys.argv[2])
-    lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in draw_problems(seed)]
-    path.write_text("".join(lines), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,6 @@ from diary.problems import (
     RESPONSE_LENGTH,
     SPECIAL_TOKENS,
     TEST_SEED,
-    TRAIN_SEED,
     draw_problems,
     is_right,
     make_tokenizer,
@@ -28,8 +27,7 @@ from diary.problems import (
 )
 
 WORLD = Path(__file__).parent
-LINES = (WORLD / "problems.jsonl").read_text(encoding="utf-8").splitlines()
-PROBLEMS = [(json.loads(line)["question"], json.loads(line)["answer"]) for line in LINES]
+PROBLEMS = draw_problems(TEST_SEED)
 
 QUESTION = "Friday: Robert meets Margaret. Saturday: Thomas meets Robert."
 RIGHT = {
@@ -73,10 +71,6 @@ def test_every_problem_is_right_and_read_by_the_tokenizer(seed):
         ids = tokenizer.encode(text).ids
         assert min(ids) >= len(SPECIAL_TOKENS) and tokenizer.decode(ids) == " " + text
     assert len(tokenizer.encode(answer)) < RESPONSE_LENGTH
-
-
-def test_held_out_problems_are_those_of_the_test_seed():
-    assert PROBLEMS == draw_problems(TEST_SEED) and TEST_SEED != TRAIN_SEED
 
 
 def test_the_checkpoint_has_the_shape_and_the_tokenizer_that_train_py_trains():

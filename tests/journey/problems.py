@@ -10,15 +10,11 @@ known only from the stop behind it, and from the map, which the model has to kno
 words between the stops copy the question. So decoding that goes by what is sure writes the words
 first, and then the stops from the last to the first; from left to right one has to guess.
 
-One answer is right. `python tests/journey/problems.py` writes problems.jsonl, the held-out
-problems; `... problems.py 7 fresh.jsonl` others.
+One answer is right.
 """
 
-import json
 import random
 import re
-import sys
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -92,18 +88,3 @@ def draw_problems(seed):
     """The held-out problems of a seed: (question, answer)."""
     rng = random.Random(seed)
     return [problem(rng) for _ in range(TEST_PROBLEMS)]
-
-
-def main():
-    """Write the held-out problems; with a seed and a file as arguments, fresh ones."""
-    seed = TEST_SEED
-    path = Path(__file__).parent / "problems.jsonl"
-    if len(sys.argv) == 3:
-        seed = int(sys.argv[1])
-        path = Path(sys.argv[2])
-    lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in draw_problems(seed)]
-    path.write_text("".join(lines), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -19,7 +19,6 @@ from journey.problems import (
     SPECIAL_TOKENS,
     STOPS,
     TEST_SEED,
-    TRAIN_SEED,
     draw_problems,
     is_right,
     make_tokenizer,
@@ -27,8 +26,7 @@ from journey.problems import (
 )
 
 WORLD = Path(__file__).parent
-LINES_OF_FILE = (WORLD / "problems.jsonl").read_text(encoding="utf-8").splitlines()
-PROBLEMS = [tuple(json.loads(line).values()) for line in LINES_OF_FILE]
+PROBLEMS = draw_problems(TEST_SEED)
 
 QUESTION = "Monday on the red line, Tuesday on the blue line. Now at Park."
 ANSWER = "Monday on the red line: Castle to Harbour. Tuesday on the blue line: Harbour to Park."
@@ -55,10 +53,6 @@ def test_every_problem_is_right_and_read_by_the_tokenizer(seed):
         ids = tokenizer.encode(text).ids
         assert min(ids) >= len(SPECIAL_TOKENS) and tokenizer.decode(ids) == " " + text
     assert len(tokenizer.encode(answer)) < RESPONSE_LENGTH
-
-
-def test_held_out_problems_are_those_of_the_test_seed():
-    assert PROBLEMS == draw_problems(TEST_SEED) and TEST_SEED != TRAIN_SEED
 
 
 def test_the_checkpoint_has_the_shape_and_the_tokenizer_that_train_py_trains():

@@ -1,6 +1,7 @@
 """bench.py: its arithmetic against values worked out by hand, and every flag of it run for real."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -23,11 +24,13 @@ from bench import CPU_SHAPE, LLADA_8B_SHAPE, Outcome, Row, Timing
 from d2cache import (
     EMBEDDED_MODEL,
     EXAMPLE,
+    WORLDS,
     D2Cache,
     DualCache,
     RecomputeAll,
     decode,
     generate,
+    load_module,
     paper_settings,
 )
 from model import Transformer, decode_response, encode_prompt, load_tokenizer
@@ -221,7 +224,7 @@ def test_the_table_of_all_worlds_has_the_numbers_of_each(embedded_run, tiny_run)
         if row["policy"] == "vanilla":
             assert row["same x reused"] is None
         else:
-            ranks = [row[f"{name} same"] * row[f"{name} reused"] for name in bench.WORLDS]
+            ranks = [row[f"{name} same"] * row[f"{name} reused"] for name in WORLDS]
             assert row["same x reused"] == pytest.approx(sum(ranks) / len(ranks))
 
 
@@ -270,6 +273,18 @@ def test_chance_starts_anew_in_every_row(command, data):
     """Controls draw positions: two runs are alike."""
     first, again = (command(*CHECKPOINT, "--data", data)[1]["quality"][0]["rows"] for _ in range(2))
     assert first == again
+
+
+@pytest.mark.parametrize(
+    "world, digest",
+    [("tiny", "3c992b3356c61d82"), ("diary", "c9783bab7a844a66"), ("journey", "0373151c83aced25")],
+)
+def test_held_out_problems_are_those_that_the_tables_tell_of(world, digest):
+    """A version of Python that draws others, or a change in problems.py, makes the tables lie."""
+    module = load_module(WORLDS[world] / "problems.py")
+    problems = module.draw_problems(module.TEST_SEED)
+    assert hashlib.sha256(repr(problems).encode()).hexdigest().startswith(digest)
+    assert len(problems) == 200 and module.TEST_SEED != module.TRAIN_SEED
 
 
 # ---- Quality: data

@@ -13,7 +13,6 @@ blank one, then the one after every step.
 """
 
 import itertools
-import json
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from model import (  # noqa: E402
     load_tokenizer,
 )
 
-from tiny.problems import SAMPLE  # noqa: E402
+from tiny.problems import SAMPLE, TEST_SEED, draw_problems  # noqa: E402
 
 import torch  # noqa: E402  (after model, which keeps its import quiet)
 import torch.nn.functional as F  # noqa: E402
@@ -325,9 +324,8 @@ def sketch(tokens, known, end_ids):
 
 def read_problems(numbers):
     """(question, answer) of held-out problems."""
-    lines = (HERE / "problems.jsonl").read_text(encoding="utf-8").splitlines()
-    problems = [json.loads(lines[number]) for number in numbers]
-    return [(problem["question"], problem["answer"]) for problem in problems]
+    problems = draw_problems(TEST_SEED)
+    return [problems[number] for number in numbers]
 
 
 def report(numbers):

@@ -12,15 +12,11 @@ So confidence alone commits end-of-text from the end inwards, until the calculat
 left. The paper reports the same of LLaDA, and made the certainty prior against it.
 
 Every count stays between 10 and 99 on its way, every digit is a token, and the weekday ties an
-equation of the answer to its sentence in the question. `python tests/tiny/problems.py` writes
-problems.jsonl, the held-out problems that bench.py solves; `... problems.py 7 fresh.jsonl` others.
+equation of the answer to its sentence in the question.
 """
 
-import json
 import random
 import re
-import sys
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -175,18 +171,3 @@ def grouped_problems(rng, n, group):
 def draw_problems(seed):
     """The held-out problems of a seed: (question, answer)."""
     return grouped_problems(random.Random(seed), TEST_PROBLEMS, TEST_GROUP)
-
-
-def main():
-    """Write the held-out problems; with a seed and a file as arguments, fresh ones."""
-    seed = TEST_SEED
-    path = Path(__file__).parent / "problems.jsonl"
-    if len(sys.argv) == 3:
-        seed = int(sys.argv[1])
-        path = Path(sys.argv[2])
-    lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in draw_problems(seed)]
-    path.write_text("".join(lines), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
