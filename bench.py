@@ -20,9 +20,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from d2cache import EXAMPLE, WORLDS, D2Cache, RecomputeAll, choose_positions
-from d2cache import count_and_check, decode, load_module, load_policy, pack
-from d2cache import paper_settings, predict, recompute, run_program
+from d2cache import EXAMPLE, WORLDS, RecomputeAll, decode, load_module, load_policy
+from d2cache import paper_settings, recompute, run_program
 from model import DTYPES, Config, KVCache, Transformer, decode_response, encode_prompt
 from model import load_tokenizer, require
 
@@ -109,7 +108,10 @@ def table_text(rows):
 
 
 def report(kind, facts, settings, rows, notes):
-    """A table: its kind, the text to print, the numbers to write."""
+    """A table. facts of model and machine, settings of the run, notes below the rows: all dicts.
+
+    -> its kind, the text to print, the numbers to write
+    """
     lines = [
         f"{kind.upper()}  {listed(facts)}",
         EXPLAINED[kind],
@@ -170,16 +172,21 @@ class Task:
 Outcome = namedtuple("Outcome", "texts right strict forwards shares")
 
 
-def make_plan(gen_length, block_length, own):
-    """Rows of both tables; vanilla, which is exact, comes first in every order.
+def block_length_of(gen_length):
+    """Of the rows that decode in blocks."""
+    return paper_settings(gen_length)["dual"]["block_length"]
 
-    Vanilla, window and d2Cache decode in all three orders, and so does own, {name: policy} of
-    --policy. Without one there are the other caches, the controls, and a threshold, too. Timed are
-    all caches in the order that is theirs, and --policy in every one.
+
+def make_plan(gen_length, own):
+    """Rows of the quality table, those with `timed` of the speed table, too.
+
+    Vanilla, window and d2Cache decode in all three orders; vanilla, which is exact, first. With
+    own, {name: policy} of --policy, that one follows in all three orders, and nothing else.
+    Without, the other caches follow, the controls, and a threshold.
     """
     orders = {
         "confidence": {"sigma": None},
-        "blocks": {"block_length": block_length},  # by confidence in each
+        "blocks": {"block_length": block_length_of(gen_length)},  # by confidence in each
         "prior": {},
     }
     ours = {name: arguments["policy"] for name, arguments in paper_settings(gen_length).items()}
@@ -448,8 +455,8 @@ def row_counts(policy, states):
 
 # What was measured of a row: whether it was replayed, or launched kernel by kernel; of each decode
 # the mean seconds of a step; the share of positions recomputed; the floor, in seconds; bytes of GPU
-# memory, None on a CPU; and the state half-way.
-Timing = namedtuple("Timing", "row replayed runs share floor peak halfway")
+# memory, None on a CPU.
+Timing = namedtuple("Timing", "row replayed runs share floor peak")
 
 
 def step_seconds(model, prompt, gen_length, arguments, steps):
@@ -490,7 +497,7 @@ def time_row(model, prompt, gen_length, row, replayed, rates):
     share = work_done(states, policy)[1].mean().item()
     floor = floor_seconds(model, T, row_counts(policy, states), rates)
     peak = torch.cuda.max_memory_reserved() if prompt.is_cuda else None
-    return Timing(row, replayed, runs, share, floor, peak, states[(steps - 1) // 2])
+    return Timing(row, replayed, runs, share, floor, peak)
 
 
 def measure_speed(model, prompt, gen_length, plan, rates):
@@ -511,7 +518,7 @@ def measure_speed(model, prompt, gen_length, plan, rates):
 
 
 def speed_rows(timings, batch):
-    """Rows of the speed table, at one token per step and sequence; the first one sets the pace."""
+    """Rows of the speed table, at one token per step and sequence; speed-ups are over the first."""
     rows = []
     pace = statistics.median(timings[0].runs)
     for timing in timings:
@@ -531,44 +538,6 @@ def speed_rows(timings, batch):
         }
         rows.append(row)
     return rows
-
-
-def measure_parts(model, timing):
-    """Milliseconds that the parts of a step of d2Cache take half-way, each timed alone.
-
-    The passes are launched, or replayed, as in the Timing. The rest of a step is the commit, gaps
-    between launches, and its part of the first step, which recomputes everything.
-    """
-    policy = timing.row.arguments["policy"]
-    state = timing.halfway
-    shifted = model.config.shifted
-    positions, valid, R = select(policy, state, shifted)
-    weight = model.wte.weight
-    cache = KVCache(model.config, *state.tokens.shape, weight.device, weight.dtype)
-    arguments = (model, cache, state, positions, valid, R)
-
-    plain = partial(recompute, RecomputeAll())  # without influence
-    whole = partial(recompute, policy)
-    if timing.replayed:  # both keep their graphs alive
-        plain = CudaGraphs(RecomputeAll()).recompute
-        whole = CudaGraphs(policy).recompute
-    logits, _ = plain(*arguments)
-    forward = 1000 * least_seconds(plain, *arguments)
-    parts = {
-        "forward ms": forward,
-        "influence ms": max(0.0, 1000 * least_seconds(whole, *arguments) - forward),
-        "prediction ms": 1000 * least_seconds(predict, logits, model.config),
-        "selection ms": 1000 * least_seconds(select, policy, state, shifted),
-    }
-    step = 1000 * statistics.median(timing.runs)
-    return parts | {"the rest ms": step - sum(parts.values())}
-
-
-def select(policy, state, shifted):
-    """What `decode` does between two passes: positions (B, Q), valid (B, Q) and R of the next."""
-    chosen, predicted = choose_positions(policy, state, shifted)
-    Q, R = count_and_check(policy, state, chosen, predicted)
-    return *pack(chosen, predicted, Q), R
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
@@ -684,18 +653,17 @@ def make_parser():
     add = parser.add_argument_group("quality").add_argument
     add("--world", choices=WORLDS, help="of this embedded model alone, and no speed")
     add("--data", help="JSON lines to score, as GSM8K or MBPP has them")
-    add("--problems", type=int, default=12, help="how many of them (12)")
+    add("--problems", type=int, default=12, help="so many in each table (12)")
     add("--fresh", type=int, help="of the worlds: problems drawn anew with this seed")
     add("--shots", type=int, default=0, help="so many pairs before them are worked examples (0)")
     add("--run-code", action="store_true", help="MBPP: EXECUTE HERE what the model wrote")
 
     add = parser.add_argument_group("speed").add_argument
     add("--prompt", help="with --model: the text to time")
-    add("--prompt-length", type=int, help="without: of the random prompt")
+    add("--prompt-length", type=int, help="without --model: tokens of the random prompt")
 
     add = parser.add_argument_group("both").add_argument
     add("--gen-length", type=int, help="tokens to decode; embedded models keep their own length")
-    add("--block-length", type=int, help="of the rows in blocks")
     add("--batch", type=int, help="sequences decoded at once")
     add("--policy", help="FILE.py:Name or FILE.py:Name(k=8), to be compared with the others")
     add("--json", help="write the same numbers, and how they were measured, to this file")
@@ -704,15 +672,15 @@ def make_parser():
 
 def check(args):
     """ValueError, in a line, for arguments that cannot be meant; before any work."""
-    least = {"problems": 1, "prompt_length": 1, "block_length": 1, "batch": 1, "gen_length": 2}
-    for flag, lowest in (least | {"shots": 0, "fresh": 0}).items():
+    least = {"problems": 1, "shots": 0, "fresh": 0, "prompt_length": 1, "gen_length": 2, "batch": 1}
+    for flag, lowest in least.items():
         value = getattr(args, flag)
         fault = f"--{flag.replace('_', '-')} is {value}, should be at least {lowest}"
         require(value is None or value >= lowest, fault)
 
     fault = "--fresh and --world are of the embedded models, without --data and --model"
-    embedded = args.fresh is None and args.world is None
-    require(embedded or not (args.data or args.model), fault)
+    no_world = args.fresh is None and args.world is None
+    require(no_world or not (args.data or args.model), fault)
     needs = {"revision": "model", "prompt": "model", "shots": "data", "run_code": "data"}
     for flag, other in needs.items():
         fault = f"--{flag.replace('_', '-')} needs --{other}"
@@ -724,14 +692,6 @@ def check(args):
 
     if args.json:
         open(args.json, "a").close()  # an OSError says why it cannot be written
-
-
-def block_length_of(args, gen_length):
-    """That of the rows in blocks; ValueError unless it divides the response."""
-    block_length = args.block_length or paper_settings(gen_length)["dual"]["block_length"]
-    fault = f"--block-length is {block_length}, should divide the response's {gen_length}"
-    require(gen_length % block_length == 0, fault)
-    return block_length
 
 
 def read_data(args):
@@ -789,13 +749,13 @@ def world_task(args, name):
 def quality_of(args, task, own):
     """Rows of the quality table of a task, and what they were measured with."""
     gen_length = task.gen_length
-    block_length = block_length_of(args, gen_length)
     prompts = encode_problems(task)
     batch = args.batch or (1 if args.model else 32)  # of a large model, memory may hold one
-    settings = {"problems": len(prompts), "response": gen_length, "block length": block_length}
+    settings = {"problems": len(prompts), "response": gen_length}
+    settings["block length"] = block_length_of(gen_length)
     ours = {"d2Cache": paper_settings(gen_length)["d2cache"]["policy"]}
     settings |= {name: str(policy) for name, policy in (ours | own).items()}
-    plan = make_plan(gen_length, block_length, own)
+    plan = make_plan(gen_length, own)
     rows = measure_quality(task, prompts, plan, batch)
     return rows, settings
 
@@ -819,20 +779,18 @@ def report_worlds(args, own):
 
 
 def report_speed(args, name, model, prompt, gen_length, own):
-    """The speed table of one prompt, and where a step of d2Cache goes."""
-    block_length = block_length_of(args, gen_length)
+    """The speed table of one prompt."""
     settings = {
         "prompt": prompt.shape[1],
         "response": gen_length,
         "batch": len(prompt),
-        "block length": block_length,
+        "block length": block_length_of(gen_length),
     }
     weight = model.wte.weight
     rates = machine_rates(weight.device, weight.dtype)
-    plan = make_plan(gen_length, block_length, own)
+    plan = make_plan(gen_length, own)
     timings = measure_speed(model, prompt, gen_length, plan, rates)
-    d2cache = [timing for timing in timings if type(timing.row.arguments["policy"]) is D2Cache]
-    notes = measure_parts(model, d2cache[-1]) | {
+    notes = {
         "copy GB/s": rates[0] / 1e9,
         "matrix TFLOP/s": rates[1] / 1e12,
         "ridge rows": ridge_rows(weight.element_size(), rates),
@@ -858,7 +816,6 @@ def race_of(args):
     )
     if args.prompt_length:
         race = race._replace(prompts=(args.prompt_length,))
-    block_length_of(args, race.gen_length)  # or refused, before any work
     return race, name
 
 
@@ -874,7 +831,6 @@ def report_checkpoint(args, own):
     """A checkpoint's score on --data, and its speed."""
     data = read_data(args) if args.data else {}
     gen_length = args.gen_length or 256
-    block_length_of(args, gen_length)  # or refused, before any work
     model, tokenizer = open_checkpoint(args, args.model)
     task = Task(args.model, model, tokenizer, gen_length, **data)
     if data:

@@ -376,6 +376,11 @@ def read_tokenizer(folder):
     except BaseException as error:  # a panic of the library, which is in Rust, is no Exception
         raise ValueError(f"{folder}: no readable tokenizer ({str(error)[:500]})") from error
 
+    # As a file may have been saved for training. And special tokens are text like any other:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+
     # The library ignores the ids that the file gives to added tokens, and counts on instead.
     added = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
     wrong = [token for token, id in added.items() if tokenizer.token_to_id(token) != id]
@@ -437,49 +442,30 @@ def encode_prompt(tokenizer, text):
     if template == LLADA_TEMPLATE:
         text = text.strip()
 
-    literal = without_control(tokenizer)
     ids = []
     for piece in CONTROL.split(template):
         if CONTROL.fullmatch(piece):
             ids.append(tokenizer.token_to_id(piece))
         else:
-            ids += literal_ids(literal, piece.replace("{text}", text))
+            ids += literal_ids(tokenizer, piece.replace("{text}", text))
     require(ids, f"prompt is {text!r}, should hold at least one token")
     return torch.tensor([ids])
 
 
-def without_control(tokenizer):
-    """A tokenizer like this one, for which special tokens are text like any other.
-
-    Without the truncation and padding that a file may have been saved with, for training. The
-    model is shared, not copied; the tokenizer itself, which threads may share, is left as it is.
-    """
-    literal = Tokenizer(tokenizer.model)
-    literal.normalizer = tokenizer.normalizer
-    literal.pre_tokenizer = tokenizer.pre_tokenizer
-    added = tokenizer.get_added_tokens_decoder()
-    literal.add_tokens([added[id] for id in sorted(added)])
-    literal.encode_special_tokens = True
-    return literal
-
-
-def literal_ids(literal, text):
-    """The ids of a text, or ValueError if one is unknown or control; see `without_control`.
-
-    A control token comes out of plain text only where the vocabulary itself holds its characters.
-    """
+def literal_ids(tokenizer, text):
+    """The ids of a text; ValueError if a word became the unknown token, or a control token."""
     try:
-        encoding = literal.encode(text, add_special_tokens=False)
+        encoding = tokenizer.encode(text, add_special_tokens=False)
     except Exception as error:  # the library raises nothing more specific
         wrong = f"prompt {shown(text)} cannot be encoded by this tokenizer ({error})"
         raise ValueError(wrong) from error
 
-    unk = getattr(literal.model, "unk_token", None)
+    unk = getattr(tokenizer.model, "unk_token", None)
     pieces = zip(encoding.tokens, encoding.offsets)
     unknown = [text[start:stop].strip() for token, (start, stop) in pieces if token == unk]
     require(not unknown, f"prompt: this model has no token for {unknown}")
 
-    added = literal.get_added_tokens_decoder().values()
+    added = tokenizer.get_added_tokens_decoder().values()
     special = {token.content for token in added if token.special}
     special.update(CONTROL.findall(LLADA_TEMPLATE + CHATML_TEMPLATE))
     control = [token for token in encoding.tokens if token in special]
@@ -488,14 +474,9 @@ def literal_ids(literal, text):
 
 
 def decode_response(tokenizer, response, end_ids):
-    """The text of a response, (gen_length,) ids, up to the first token that ends an answer.
-
-    end_ids: one id or several; the tokenizer's end-of-turn tokens end an answer too.
-    """
-    ends = {end_ids} if isinstance(end_ids, int) else set(end_ids)
-    ends |= {tokenizer.token_to_id(token) for token in END_OF_TURN}
+    """The text of a response, (gen_length,) ids, up to the first of end_ids, those of Config."""
     ids = response.tolist()
-    length = next((i for i, id in enumerate(ids) if id in ends), len(ids))
+    length = next((i for i, id in enumerate(ids) if id in end_ids), len(ids))
     return tokenizer.decode(ids[:length]).strip()
 
 

@@ -296,7 +296,7 @@ def save(folder, shape, model, tokenizer):
 def print_solved(world, model, tokenizer):
     """What the model solves of the held-out problems of its world, as bench.py's rows by prior."""
     task = Task(world.name, model, tokenizer, **read_world(world, HELD_OUT))
-    plan = make_plan(task.gen_length, task.gen_length, own={})
+    plan = make_plan(task.gen_length, own={})
     by_prior = [row for row in plan if row.order == "prior"]
     rows = measure_quality(task, encode_problems(task), by_prior, BATCH)
     print(table_text(rows))

@@ -148,4 +148,4 @@ def test_bench_py_measures_every_row_launched_and_replayed():
     names = [row["policy"] for row in speed["rows"]]
     assert names[1::2] == [f"{name}, replayed" for name in names[::2]] and len(names) == 12
     assert all(row["ms per step"] > 0 and row["peak GiB"] is not None for row in speed["rows"])
-    assert all(speed[f"{part} ms"] >= 0 for part in ("forward", "influence", "selection"))
+    assert all(speed[rate] > 0 for rate in ("copy GB/s", "matrix TFLOP/s", "ridge rows"))

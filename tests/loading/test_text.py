@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-import threading
 import time
 import unicodedata
 from functools import cache
@@ -61,6 +60,13 @@ def tokenizer_of(kind):
                 write_qwen2(folder) / "tokenizer_config.json", {"added_tokens_decoder": decoder}
             )
         return load_tokenizer(folder)
+
+
+def seeing_control_tokens(tokenizer):
+    """A copy that cuts a text at special tokens, as the library does by itself."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = False
+    return copy
 
 
 def told(kind, text):
@@ -173,7 +179,7 @@ def test_added_tokens_have_their_own_ids_and_flags(tmp_path):
     }
     write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": decoder})
     for _ in "in added_tokens.json too", "in tokenizer_config.json alone":
-        tokenizer = load_tokenizer(tmp_path)
+        tokenizer = seeing_control_tokens(load_tokenizer(tmp_path))
         ids = tokenizer.encode("<|im_start|>the<tool_call><|im_end|> \nthe<|mask|>").ids
         start, end, tool, mask = decoder
         assert ids == [start, *slow_bpe("the"), tool, end, *slow_bpe("the"), mask]
@@ -225,7 +231,7 @@ def special_ids(tokenizer, ids):
 def test_ordinary_text_has_the_ids_of_the_whole_template(kind, text):
     """Of 18,203 texts 333 have others when template and text are encoded apart."""
     tokenizer = tokenizer_of(kind)
-    whole = tokenizer.encode(told(kind, text), add_special_tokens=False).ids
+    whole = seeing_control_tokens(tokenizer).encode(told(kind, text), add_special_tokens=False).ids
     assert encode_prompt(tokenizer, text).tolist() == [whole]
 
 
@@ -241,28 +247,12 @@ def test_no_control_token_comes_out_of_a_users_text_and_no_text_is_lost(kind, te
     assert tokenizer.decode(ids, skip_special_tokens=False) == told(kind, text)
 
 
-def test_what_a_user_types_stays_text_without_a_template():
+def test_what_a_user_types_stays_text_without_a_template(tmp_path):
     tokenizer = byte_level_bpe(QWEN2_WORDS, [AddedToken("<|endoftext|>", special=True)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
     expected = [id for word in ("<|", "endoftext", "|>") for id in slow_bpe(word)]
     assert encode_prompt(tokenizer, "<|endoftext|>").tolist() == [expected]
-
-
-def test_a_tokenizer_that_threads_share_is_never_another():
-    """A flag was turned on it and back: the control tokens of another thread became text."""
-    tokenizer, whole = tokenizer_of("LLaDA"), told("LLaDA", "the <tool>")
-    expected, found = tokenizer.encode(whole).ids, []
-
-    def encode_prompts():
-        for _ in range(200):
-            found.append(encode_prompt(tokenizer, "the <tool>")[0].tolist())
-
-    threads = [threading.Thread(target=encode_prompts) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        found.append(tokenizer.encode(whole).ids)
-    assert len(found) > 800 and all(ids == expected for ids in found)
-    assert not tokenizer.encode_special_tokens
 
 
 @pytest.mark.parametrize("special", [["<|im_end|>"], []])
@@ -328,19 +318,16 @@ def test_a_vocabulary_of_a_real_size_costs_seconds_once_and_nothing_for_a_prompt
 # Ids to answer
 
 
-@pytest.mark.parametrize("ends", [7, [7], (5, 7), {7, 99}])
-@pytest.mark.parametrize("end", ["<|eot_id|>", "<|im_end|>", 7, None])
-def test_an_answer_ends_at_the_first_token_that_ends_one(ends, end):
+@pytest.mark.parametrize("end", [3, 4, None])
+def test_an_answer_ends_at_the_first_token_that_ends_one(end):
     """18.<|im_end|>... went on to the next question, and scored as its number."""
-    vocabulary = {"a": 0, "b": 1, "c": 2, "<|eot_id|>": 3, "<|im_end|>": 4, "d": 5, "e": 7}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, "a"))
-    stop = vocabulary.get(end, end)
-    ids = [0, 1, 2] if stop is None else [0, 1, stop, 2, 7, 3, 4]
-    answer = decode_response(tokenizer, torch.tensor(ids), ends)
-    assert answer == ("a b c" if stop is None else "a b")
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}, "a"))
+    ids = [0, 1, 2] if end is None else [0, 1, end, 2, 4, 3]
+    answer = decode_response(tokenizer, torch.tensor(ids), end_ids=(3, 4))
+    assert answer == ("a b c" if end is None else "a b")
 
 
 def test_an_answer_is_what_stands_between_blanks_and_special_tokens():
     tokenizer = tokenizer_of("Qwen2")
-    ids = tokenizer.encode(" \n the<|mask|> hello<tool> \n").ids
-    assert decode_response(tokenizer, torch.tensor(ids), 0) == "the hello<tool>"
+    ids = seeing_control_tokens(tokenizer).encode(" \n the<|mask|> hello<tool> \n").ids
+    assert decode_response(tokenizer, torch.tensor(ids), [0]) == "the hello<tool>"
