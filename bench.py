@@ -359,7 +359,7 @@ def side_by_side(tables):
 
 
 def random_model(config, device, dtype):
-    """A model of random weights under which attention is neither uniform nor one-hot."""
+    """A model of random weights, those of queries and keys larger: attention is not uniform."""
     with torch.device("meta"):
         model = Transformer(config)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)
@@ -440,8 +440,8 @@ def ridge_rows(element_size, rates):
 def row_counts(policy, states):
     """(rows through the layers, rows through the head) of every step, in all sequences.
 
-    Through the head go those masked before the step. (For Dream `chosen` holds some rows more: the
-    floor is a little high.)
+    Through the head go those masked before the step: still masked, or committed by it. (For Dream
+    `chosen` holds some rows more, so the floor is a little high.)
     """
     counts = []
     for step, state in enumerate(states):
@@ -605,7 +605,7 @@ class CudaGraphs:
         self.model = model
         self.cache = cache
         self.graphs = {}
-        self.pool = None  # of memory: none can be captured into that of graphs which are gone
+        self.pool = None  # of memory: the old one goes with its graphs
 
     def round_up(self, positions, valid, R, T):
         """What `pack` gives and R, for the sizes of a graph."""

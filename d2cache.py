@@ -34,7 +34,7 @@ def certainty_density(known, sigma, dtype=torch.float32):
     """Share of known positions around each one, in a Gaussian window of sigma positions.  Eq. 3.
 
     D(i) = sum over known j of exp(-(i - j)^2 / (2 sigma^2)), divided by the window's sum over all
-    distances from -(T - 1) to T - 1: a constant, which makes a share of the sum, and changes no
+    distances from -(T - 1) to T - 1: a constant, which brings it into [0, 1] and changes no
     ranking. As in the paper j is any position of the canvas (in the authors' code, of the
     response).  (B, T) bool -> (B, T) in [0, 1]
 
@@ -122,7 +122,8 @@ def highest(score, among, n):
 class State:
     """The canvas between two steps: all that a policy may look at. Tensors are (B, T).
 
-    Steps count from 1; before the first, step is 0 and nothing was decoded or recomputed yet.
+    Steps count from 1; before the first, step is 0, nothing was decoded or recomputed yet, and
+    `fresh` and `chosen` mean nothing.
     `density` and `block` are about the next step, the others about those done.
     """
 
@@ -182,8 +183,8 @@ class Policy:
 
     # It may have a forward pass of its own, which takes the place of `recompute` below:
     #     def recompute(self, model, cache, state, positions, valid, R)
-    # One that does not recompute positions in all layers alike says what it did in `recomputed`, a
-    # list it begins anew with every decode: for each step the share of the layers, (B, T).
+    # One that does not recompute a position in all layers says so for bench.py in `recomputed`: a
+    # list, begun anew with every decode, of the share of the layers in each step, (B, T).
 
 
 @dataclass(frozen=True)
@@ -352,7 +353,7 @@ def recompute(policy, model, cache, state, positions, valid, R):
 
 
 def one_pass(model, cache, state, positions, R, return_attention):
-    """Logits (B, R, V') of the first R of positions (B, Q); L maps (B, Q, T), if asked for."""
+    """`recompute` up to the rollout: logits (B, R, V'); L maps (B, Q, T), if asked for."""
     hidden, maps = model.hidden_states(
         state.tokens, positions, cache, return_attention, state.padding
     )
@@ -365,7 +366,7 @@ def one_pass(model, cache, state, positions, R, return_attention):
 def rows_before(hidden, positions, R, T):
     """Dream: the hidden states that predict the first R positions.  (B, Q, C) -> (B, R, C)
 
-    They stand in the row of position - 1; position 0 is predicted by its own.
+    They stand in the row of position - 1, anywhere among the Q; position 0 is predicted by its own.
     """
     B, Q, C = hidden.shape
     sequences = torch.arange(B, device=hidden.device)[:, None]
@@ -470,7 +471,10 @@ def paper_sigma(gen_length):
 
 
 def order_of(sigma, gen_length, block_length):
-    """Whether to commit by certainty prior; and sigma, which stage 1 of d2Cache needs anyway."""
+    """Whether to commit by certainty prior, and the density's sigma.
+
+    The density is there in any order: stage 1 of d2Cache chooses by it.
+    """
     if sigma == "auto":
         return block_length is None, paper_sigma(gen_length)
     if sigma is None:
@@ -535,11 +539,11 @@ def decode(
 
         until everything is known:
             the policy chooses positions
-            pack      them into rows
+            yield     the state of the step before: its logits are known to be finite now
+            pack      the positions into rows
             recompute these rows, and write their keys and values into the cache
             predict   a token for each of them that is masked
             unmask    the best ones: they are committed
-            yield     the state
 
     block_length     positions of a block; blocks are decoded from left to right (None: one block)
     sigma            the order. A number: commit by certainty prior, with a density of this sigma.
@@ -579,7 +583,7 @@ def decode(
         chosen, predicted = choose_positions(policy, state, model.config.shifted)
         Q, R = count_and_check(policy, state, chosen, predicted)
         if state.step > 0:
-            yield state  # no sooner: only now it is known that its logits were finite
+            yield state
         if Q == 0:  # every sequence is finished
             return
 
@@ -734,7 +738,7 @@ def paper_settings(gen_length):
     """Arguments of `decode` for the policies that d2cache.py knows by name.
 
     The paper's k and blocks, scaled down for short responses: k is an eighth of the response, and
-    blocks are its largest divisor up to 16, or from 128 tokens on up to 32.
+    blocks are the response's largest divisor up to 16, or from 128 tokens on up to 32.
     """
     longest = 32 if gen_length >= 128 else 16
     block_length = max(n for n in range(1, longest + 1) if gen_length % n == 0)
@@ -786,7 +790,7 @@ def roles(before, state):
     fresh        recomputed, and committed by the step before it
     known        recomputed, and known for longer than that
     """
-    committed = state.fresh
+    committed = state.fresh  # in this step; `before.fresh` are those of the step before it
     candidates = state.chosen & (state.masked | committed)
     fresh = torch.zeros_like(candidates)
     if before is not None:
@@ -860,7 +864,7 @@ def run_program(parser, work):
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show every answer
     try:
         work(args)
-        print(end="", flush=True)
+        print(end="", flush=True)  # a broken pipe shows here, not at exit
     except BrokenPipeError:  # who reads, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     except KeyboardInterrupt:

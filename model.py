@@ -76,7 +76,7 @@ class Config:
 
     @property
     def shifted(self):
-        """Whether row i - 1 predicts position i; row 0 also predicts position 0."""
+        """Dream: row i - 1 predicts position i, and row 0 position 0 too."""
         return SHIFTED[self.model_type]
 
     @property
@@ -101,7 +101,7 @@ class KVCache:
     def update(self, layer, rows, k, v):
         """Write k, v (B, Q, G, D) at rows of a layer.  -> all of the layer, 2 x (B, T, G, D)
 
-        rows: the indices (B, 1) of sequences and (B, Q) of positions, as one pair.
+        rows: the pair of indices in k[layer][sequences, positions], (B, 1) and (B, Q).
         """
         self.k[layer][rows] = k.to(self.k.dtype)  # they differ under torch.autocast alone
         self.v[layer][rows] = v.to(self.v.dtype)
@@ -124,7 +124,7 @@ def rope(positions, config, dtype):
 def rotate(x, cos, sin):
     """Turn channel pairs (i, i + D/2) of x (B, Q, heads, D) by their position's angle.
 
-    A pair (a, b) becomes (a cos - b sin, b cos + a sin).
+    A pair (a, b) becomes (a cos - b sin, b cos + a sin); sin brings its minus along.
     """
     swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (a, b) -> (b, a)
     return (x * cos + swapped * sin).to(x.dtype)
@@ -157,9 +157,10 @@ def attention_map(q, k, padding=None):
 
 
 class Layer(nn.Module):
-    """A layer without its attention, which is in `hidden_states`: what comes before and after.
+    """What comes before attention in a layer, and after it.
 
-    LLaDA's checkpoint calls a layer a block. Here a block is a stretch of text.
+    Attention itself needs the cache, and stands in `hidden_states`. LLaDA's checkpoint calls a
+    layer a block; here a block is a stretch of text.
     """
 
     def __init__(self, config):
@@ -389,18 +390,18 @@ def read_tokenizer(folder):
 
 
 def qwen2_tokenizer(folder):
-    """Qwen2's vocab.json, merges.txt and added tokens, as tokenizer.json would hold them."""
+    """What tokenizer.json would hold, of a folder that has Qwen2's files instead, as Dream's."""
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
-    words = {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}}
-    words |= {"behavior": "Isolated", "invert": False}
-    letters = {"type": "ByteLevel", "use_regex": False}
-    letters |= {"add_prefix_space": False, "trim_offsets": True}
+    into_words = {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}}
+    into_words |= {"behavior": "Isolated", "invert": False}
+    into_bytes = {"type": "ByteLevel", "use_regex": False}
+    into_bytes |= {"add_prefix_space": False, "trim_offsets": True}
     return {
         "added_tokens": added_tokens(folder),
         "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, letters]},
-        "decoder": letters,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [into_words, into_bytes]},
+        "decoder": into_bytes,
         "model": {"type": "BPE", "vocab": read_json(folder / "vocab.json"), "merges": merges},
     }
 
@@ -408,12 +409,13 @@ def qwen2_tokenizer(folder):
 def added_tokens(folder):
     """Entries for tokenizer.json's "added_tokens", in the order of their ids.
 
-    From added_tokens.json, and from tokenizer_config.json, which knows more of each.
+    From added_tokens.json; entries of tokenizer_config.json, which know more, replace them.
+    ValueError if there is neither.
     """
     listed = folder / "added_tokens.json"
     described = read_optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
     found = {}
-    if listed.exists() or not described:  # of neither file, read_json says that it is missing
+    if listed.exists() or not described:
         for token, id in read_json(listed).items():
             found[id] = PLAIN_TOKEN | {"id": id, "content": token, "special": True}
     for id, token in (described or {}).items():
@@ -424,7 +426,7 @@ def added_tokens(folder):
 def template_of(tokenizer):
     """The chat template all of whose control tokens the tokenizer has, or None.
 
-    So a base model gets it too, and a checkpoint with a template of its own does not get that one.
+    So a base model gets one too. A template of the checkpoint's own is never read.
     """
     for template in (LLADA_TEMPLATE, CHATML_TEMPLATE):
         if all(tokenizer.token_to_id(token) is not None for token in CONTROL.findall(template)):
@@ -515,7 +517,7 @@ HF_KEYS = dict(
     embedding_size="vocab_size", max_sequence_length="max_position_embeddings",
     include_qkv_bias="attention_bias", weight_tying="tie_word_embeddings",
 )  # fmt: skip
-TENSOR_NAMES = {  # parts of them, and what they are called here
+TENSOR_NAMES = {  # parts of them, replaced in this order
     "model.transformer.": "", "model.embed_tokens.": "wte.", "model.layers.": "blocks.",
     "model.norm.": "ln_f.", "lm_head.": "ff_out.", "input_layernorm.": "attn_norm.",
     "post_attention_layernorm.": "ff_norm.", "self_attn.o_proj.": "attn_out.", "self_attn.": "",
@@ -562,8 +564,10 @@ def require_known(model_type, where=""):
 def read_config(path):
     """The Config of a config.json, in LLaDA's layout or that of Hugging Face's Llama.
 
-    The layout says by which names to read it. The tokenizer beside it tells which ids have a token,
-    which is the mask, and which end an answer. What is not read must ask for nothing else.
+    1. The layout, by model_type, says under which names the shape stands.
+    2. The id of [MASK] is the file's, or else that of the tokenizer beside it.
+    3. A key that may ask for another computation is refused.
+    4. The tokenizer tells which ids have a token, and it and the files which end an answer.
     Raises ValueError naming file, key and value if one is missing or not implemented here.
     """
     values = plain_values(path)
@@ -639,7 +643,7 @@ def refuse_other_computations(path, values, fixed, read):
 
 
 def make_config(path, ours, keys):
-    """Config(**ours); error messages name a key as the file does, by `keys`, ours to theirs."""
+    """Config(**ours). keys, {our field: its name in the file}, is for the words of errors."""
     needed = [f.name for f in fields(Config) if f.default is MISSING]
     missing = dict.fromkeys(keys[name] for name in needed if name not in ours)
     require(not missing, f"{path}: missing keys {list(missing)}")
@@ -723,6 +727,23 @@ def map_tensors(folder):
     return found
 
 
+def require_layers_and_head(folder, config, tensors):
+    """ValueError unless the files hold the layers and the head that config.json tells of.
+
+    Of a head that is the embedding, a second copy is taken out.
+    """
+    # A damaged config may ask for so many layers that they could not even be built.
+    layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    other = f"{folder}: config.json counts {config.n_layers} layers, the files hold {layers}"
+    require(config.n_layers == layers, other)
+    if config.weight_tying and "ff_out.weight" in tensors:
+        head = tensors.pop("ff_out.weight")
+        embedding = tensors.setdefault("wte.weight", head)  # some files hold the head alone
+        tied = f"{folder}: config.json says that the head is the embedding, the files hold another"
+        same = torch.equal(head.to(embedding), embedding)
+        require(same, f"{tied} (if that one is meant, say so in config.json)")
+
+
 def load_model(path_or_repo_id, device, dtype, revision):
     """The Transformer of a checkpoint; see Transformer.from_pretrained."""
     if isinstance(dtype, str):
@@ -744,17 +765,7 @@ def load_model(path_or_repo_id, device, dtype, revision):
         dtype = next(iter(tensors.values())).dtype
         require_device(device, dtype)
 
-    # A damaged config may ask for so many layers that they could not even be built.
-    layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    other = f"{folder}: config.json counts {config.n_layers} layers, the files hold {layers}"
-    require(config.n_layers == layers, other)
-    if config.weight_tying and "ff_out.weight" in tensors:
-        head = tensors.pop("ff_out.weight")
-        embedding = tensors.setdefault("wte.weight", head)  # some files hold the head alone
-        tied = f"{folder}: config.json says that the head is the embedding, the files hold another"
-        same = torch.equal(head.to(embedding), embedding)
-        require(same, f"{tied} (if that one is meant, say so in config.json)")
-
+    require_layers_and_head(folder, config, tensors)
     try:
         with torch.device("meta"):
             model = Transformer(config)
