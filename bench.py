@@ -4,7 +4,7 @@ Quality: small models that ship with the project solve problems they have not se
 of decoding, exactly and from caches; then controls replace or leave out a part of d2Cache. Speed:
 random weights at a size that suits the device, beside the floor: the time that reading the weights
 or the arithmetic takes at the rates measured here. With --model, the speed of a real checkpoint,
-and with --data too, its score.
+and with --data its score.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 from d2cache import EXAMPLE, WORLDS, RecomputeAll, decode, load_module, load_policy
 from d2cache import paper_settings, recompute, run_program
 from model import DTYPES, Config, KVCache, Transformer, decode_response, encode_prompt
-from model import load_tokenizer, require
+from model import load_tokenizer, require, require_device
 
 import torch  # after model, which keeps its import quiet
 import torch.nn.functional as F
@@ -321,8 +321,9 @@ def quality_row(row, outcome, exact, score, gen_length):
     }
 
 
-def measure_quality(task, prompts, plan, batch):
+def measure_quality(task, plan, batch):
     """Rows of the quality table. The chance of controls starts anew for each."""
+    prompts = encode_problems(task)
     rows = []
     exact = {}  # Outcome by order
     total = len(plan) * len(prompts)
@@ -672,16 +673,18 @@ def make_parser():
 
 def check(args):
     """ValueError, in a line, for arguments that cannot be meant; before any work."""
+    require_device(args.device, torch.float32)
     least = {"problems": 1, "shots": 0, "fresh": 0, "prompt_length": 1, "gen_length": 2, "batch": 1}
     for flag, lowest in least.items():
         value = getattr(args, flag)
         fault = f"--{flag.replace('_', '-')} is {value}, should be at least {lowest}"
         require(value is None or value >= lowest, fault)
 
-    fault = "--fresh and --world are of the embedded models, without --data and --model"
+    fault = "--fresh and --world are of the embedded models, without --model"
     no_world = args.fresh is None and args.world is None
-    require(no_world or not (args.data or args.model), fault)
-    needs = {"revision": "model", "prompt": "model", "shots": "data", "run_code": "data"}
+    require(no_world or not args.model, fault)
+    needs = {"revision": "model", "prompt": "model", "data": "model"}
+    needs |= {"shots": "data", "run_code": "data"}
     for flag, other in needs.items():
         fault = f"--{flag.replace('_', '-')} needs --{other}"
         require(getattr(args, other) or not getattr(args, flag), fault)
@@ -706,58 +709,41 @@ def read_data(args):
     return {"problems": problems, "is_right": grader.is_right, "score": score}
 
 
-def read_world(folder, n, fresh=None):
-    """n problems of a world, who judges them, and its gen_length, as fields of a Task.
+def world_task(name, n, fresh=None, device="cpu", dtype=None):
+    """An embedded model, and n held-out problems of its world.
 
-    They are the held-out ones; or, so that nobody tunes to them, those of the seed `fresh`.
+    Or, so that nobody tunes to these, problems of the seed `fresh`.
     """
-    module = load_module(folder / "problems.py")
+    folder = WORLDS[name]
+    world = load_module(folder / "problems.py")
 
     def is_right(problem, text):
-        right = module.is_right(problem.question, text)
+        right = world.is_right(problem.question, text)
         return right, right  # there is no stricter score
 
-    seed = module.TEST_SEED if fresh is None else fresh
+    seed = world.TEST_SEED if fresh is None else fresh
     problems = []
-    for number, (question, answer) in enumerate(module.draw_problems(seed)[:n], 1):
-        where = f"{folder.name}, problem {number}"
-        problems.append(Problem(where, question, question, answer))
-    return {"gen_length": module.RESPONSE_LENGTH, "problems": problems, "is_right": is_right}
+    for number, (question, answer) in enumerate(world.draw_problems(seed)[:n], 1):
+        problems.append(Problem(f"{name}, problem {number}", question, question, answer))
+    model = Transformer.from_pretrained(folder, device, dtype)
+    tokenizer = load_tokenizer(folder)
+    return Task(name, model, tokenizer, world.RESPONSE_LENGTH, problems, is_right)
 
 
-def open_checkpoint(args, source):
-    """Model and tokenizer of a folder or a hub id; the text is tried before weights are read."""
-    tokenizer = load_tokenizer(source, args.revision)
-    if args.model:
-        encode_prompt(tokenizer, args.prompt or EXAMPLE)
-    model = Transformer.from_pretrained(source, args.device, args.dtype, args.revision)
-    if model.wte.weight.is_cuda:
-        torch.cuda.set_device(model.wte.weight.device)  # the one to wait for and to measure
-    return model, tokenizer
-
-
-def world_task(args, name):
-    """The Task of an embedded world; with --data, other problems for its model."""
-    folder = WORLDS[name]
-    fields = read_world(folder, args.problems, args.fresh)
-    if args.data:
-        fields |= read_data(args)
-    model, tokenizer = open_checkpoint(args, folder)
-    return Task(name, model, tokenizer, **fields)
+def task_of(args, name):
+    """The Task of an embedded world, as the command line asks for it."""
+    return world_task(name, args.problems, args.fresh, args.device, args.dtype)
 
 
 def quality_of(args, task, own):
     """Rows of the quality table of a task, and what they were measured with."""
     gen_length = task.gen_length
-    prompts = encode_problems(task)
     batch = args.batch or (1 if args.model else 32)  # of a large model, memory may hold one
-    settings = {"problems": len(prompts), "response": gen_length}
+    settings = {"problems": len(task.problems), "response": gen_length}
     settings["block length"] = block_length_of(gen_length)
     ours = {"d2Cache": paper_settings(gen_length)["d2cache"]["policy"]}
     settings |= {name: str(policy) for name, policy in (ours | own).items()}
-    plan = make_plan(gen_length, own)
-    rows = measure_quality(task, prompts, plan, batch)
-    return rows, settings
+    return measure_quality(task, make_plan(gen_length, own), batch), settings
 
 
 def report_quality(args, task, own):
@@ -770,7 +756,7 @@ def report_worlds(args, own):
     """The quality of all embedded worlds in one table."""
     tables = {}
     for name in WORLDS:
-        tables[name], _ = quality_of(args, world_task(args, name), own)
+        tables[name], _ = quality_of(args, task_of(args, name), own)
     facts = {"models": ", ".join(WORLDS), "device": device_name(args.device)}
     settings = {"problems of each": args.problems}
     if args.fresh is not None:
@@ -831,31 +817,31 @@ def report_checkpoint(args, own):
     """A checkpoint's score on --data, and its speed."""
     data = read_data(args) if args.data else {}
     gen_length = args.gen_length or 256
-    model, tokenizer = open_checkpoint(args, args.model)
+    tokenizer = load_tokenizer(args.model, args.revision)
+    prompt = encode_prompt(tokenizer, args.prompt or EXAMPLE)
+    model = Transformer.from_pretrained(args.model, args.device, args.dtype, args.revision)
     task = Task(args.model, model, tokenizer, gen_length, **data)
     if data:
         yield report_quality(args, task, own)
-    prompt = encode_prompt(tokenizer, args.prompt or EXAMPLE).to(args.device)
-    prompt = prompt.repeat(args.batch or 1, 1)
+    prompt = prompt.to(args.device).repeat(args.batch or 1, 1)
     yield report_speed(args, task.name, model, prompt, gen_length, own)
 
 
 def reports(args):
     """All that the command line asks for, one by one: (kind, text to print, numbers to write)."""
     check(args)
+    if torch.device(args.device).type == "cuda":
+        torch.cuda.set_device(args.device)  # the one to wait for and to measure
     own = {}
     if args.policy:
         own[args.policy.partition(".py:")[2]] = load_policy(args.policy)
     if args.model:
         yield from report_checkpoint(args, own)
     elif args.world:
-        yield report_quality(args, world_task(args, args.world), own)
+        yield report_quality(args, task_of(args, args.world), own)
     else:
         race, name = race_of(args)
-        if args.data:
-            yield report_quality(args, world_task(args, "tiny"), own)
-        else:
-            yield report_worlds(args, own)
+        yield report_worlds(args, own)
         yield from report_race(race, name, args, own)
 
 

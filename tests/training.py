@@ -8,9 +8,10 @@ import argparse
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from bench import Task, encode_problems, make_plan, measure_quality, read_world, table_text
+from bench import make_plan, measure_quality, table_text, world_task
 from model import Config, Transformer
 
 import torch  # after model, which keeps its import quiet
@@ -295,8 +296,8 @@ def save(folder, shape, model, tokenizer):
 
 def print_solved(world, model, tokenizer):
     """What the model solves of the held-out problems of its world, as bench.py's rows by prior."""
-    task = Task(world.name, model, tokenizer, **read_world(world, HELD_OUT))
+    task = replace(world_task(world.name, HELD_OUT), model=model, tokenizer=tokenizer)
     plan = make_plan(task.gen_length, own={})
     by_prior = [row for row in plan if row.order == "prior"]
-    rows = measure_quality(task, encode_problems(task), by_prior, BATCH)
+    rows = measure_quality(task, by_prior, BATCH)
     print(table_text(rows))

@@ -16,10 +16,8 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS / "guests")]
 
 from bench import (  # noqa: E402
     Row,
-    Task,
-    encode_problems,
     measure_quality,
-    read_world,
+    world_task,
     side_by_side,
     table_text,
 )
@@ -27,7 +25,6 @@ from d2cache import WORLDS, SlidingWindow, load_policy, paper_settings  # noqa: 
 from dllm_cache import DLLMCache  # noqa: E402
 from elastic_cache import ElasticCache  # noqa: E402
 from entropy_cache import EntropyCache  # noqa: E402
-from model import Transformer, load_tokenizer  # noqa: E402
 from oldest_first import OldestFirst  # noqa: E402
 from vicinity import Vicinity  # noqa: E402
 from window_diffusion import WindowDiffusion  # noqa: E402
@@ -83,12 +80,9 @@ def main():
     torch.set_num_threads(1)  # the matrices are small
     own = {args.policy: load_policy(args.policy)} if args.policy else {}
     tables = {}
-    for name, folder in WORLDS.items():
-        world = read_world(folder, args.problems, args.fresh)
-        model = Transformer.from_pretrained(folder)
-        task = Task(name, model, load_tokenizer(folder), **world)
-        rows = plan(task.gen_length, own)
-        tables[name] = measure_quality(task, encode_problems(task), rows, BATCH)
+    for name in WORLDS:
+        task = world_task(name, args.problems, args.fresh)
+        tables[name] = measure_quality(task, plan(task.gen_length, own), BATCH)
     ranked = [row for row in side_by_side(tables) if row["same x reused"] is not None]
     ranked.sort(key=lambda row: -row["same x reused"])
     print(table_text(ranked))

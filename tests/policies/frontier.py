@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
-from bench import Row, Task, encode_problems, measure_quality, read_world  # noqa: E402
+from bench import Row, measure_quality, world_task  # noqa: E402
 from controls import WithoutStage2  # noqa: E402
 from d2cache import (  # noqa: E402
     WORLDS,
@@ -28,7 +28,6 @@ from d2cache import (  # noqa: E402
     SlidingWindow,
     load_policy,
 )
-from model import Transformer, load_tokenizer  # noqa: E402
 from tiny.picture import IN_PALE, INK, LEFT, PALE, TO_THE_LEFT, card, write  # noqa: E402
 
 import torch  # noqa: E402  (after model, which keeps its import quiet)
@@ -75,14 +74,12 @@ def measure(settings, worlds=WORLDS):
     """Where they lie in every world, beside exact decoding in their orders: dicts to be written."""
     numbers = []
     for name in worlds:
-        world = read_world(WORLDS[name], PROBLEMS)
-        model = Transformer.from_pretrained(WORLDS[name])
-        task = Task(name, model, load_tokenizer(WORLDS[name]), **world)
+        task = world_task(name, PROBLEMS)
         lengths = dict.fromkeys(block_length for *_, block_length in settings)
         exact = [("vanilla", "", RecomputeAll(), block_length) for block_length in lengths]
         points = exact + settings
         rows = [Row(policy, n, dict(policy=p, block_length=n), False) for policy, _, p, n in points]
-        quality = measure_quality(task, encode_problems(task), rows, BATCH)
+        quality = measure_quality(task, rows, BATCH)
         for (policy, setting, _, block_length), cells in zip(points, quality):
             point = {"world": name, "policy": policy, "setting": setting, "block": block_length}
             point["recomputed"] = round(1 - cells["reused"], 4)

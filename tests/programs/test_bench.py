@@ -182,12 +182,12 @@ def test_a_policy_with_a_forward_pass_of_its_own_says_what_that_recomputed():
 
 def test_fresh_problems_are_those_of_their_seed_and_can_be_judged():
     def answers(**seed):
-        world = bench.read_world(EMBEDDED_MODEL, 3, **seed)
-        assert all(all(world["is_right"](p, p.answer)) for p in world["problems"])
-        return [problem.answer for problem in world["problems"]]
+        task = bench.world_task("tiny", 3, **seed)
+        assert all(all(task.is_right(problem, problem.answer)) for problem in task.problems)
+        return [problem.answer for problem in task.problems]
 
     assert answers(fresh=7) == answers(fresh=7) != answers(fresh=8)
-    assert answers(fresh=2) == answers()  # the seed of the file
+    assert answers(fresh=2) == answers()  # the seed of the held-out ones
 
 
 def test_fresh_problems_of_a_world_are_solved_and_not_timed(command, tiny_run):
@@ -199,7 +199,7 @@ def test_fresh_problems_of_a_world_are_solved_and_not_timed(command, tiny_run):
 def test_the_quality_table_is_what_decoding_each_problem_alone_gives(tiny_run):
     """In a batch of three: padding and company change nothing."""
     table = tiny_run[1]["quality"][0]
-    problems = bench.read_world(EMBEDDED_MODEL, 3)["problems"]
+    problems = bench.world_task("tiny", 3).problems
     by_prior = paper_settings(64)["d2cache"]
     ours = [answer(problem.question, 64, **by_prior) for problem in problems]
     exact = [answer(problem.question, 64) for problem in problems]
@@ -457,7 +457,9 @@ def test_the_record_tells_how_the_numbers_came_about(embedded_run):
         (["--run-code"], "--run-code needs --data"),
         (["--model", EMBEDDED_MODEL, "--revision", "main"], "revision"),
         (["--model", ROOT], str(ROOT)),
-        (["--data", ROOT / "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "nowhere.jsonl"], "--data needs --model"),
+        ([*CHECKPOINT, "--data", ROOT / "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--device", "abacus"], "device is 'abacus'"),
         (["--policy", "nowhere.py:Mine"], "nowhere.py"),
     ],
 )
@@ -470,8 +472,8 @@ def test_a_file_that_cannot_be_written_is_found_before_the_work(tmp_path, monkey
     kept = tmp_path / "kept.json"
     kept.write_text("kept")
     for path, complaint in ((kept, "nowhere.jsonl"), (tmp_path / "no" / "x.json", "no/x.json")):
-        flags = ["--json", str(path), "--data", "nowhere.jsonl"]
-        monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
+        flags = [*CHECKPOINT, "--json", path, "--data", "nowhere.jsonl"]
+        monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, flags)])
         with pytest.raises(SystemExit):
             bench.main()
         assert complaint in capsys.readouterr().err
