@@ -21,6 +21,7 @@ import grading  # noqa: E402
 from strategies import POLICIES  # noqa: E402
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that a test starts
 
 settings.register_profile("dev", max_examples=25, deadline=None, print_blob=True)
 settings.register_profile("ci", max_examples=60, deadline=None, print_blob=True, derandomize=True)
