@@ -66,9 +66,11 @@ CPU_RACE = Race(CPU_SHAPE, torch.float32, prompts=(384,), gen_length=64, batch=2
 SHARES = ["match", "solved", "pass@1", "strict", "text", "same", "reused"]  # last words of columns
 EXPLAINED = {  # a line under the title of a table
     "quality": "only it, only exact: problems that this row alone solves, or exact decoding "
-    "(vanilla) in the same order; same text: as that; same x reused: to rank policies by",
+    "(vanilla) in the same order; same text: as that; same x reused: to rank policies by; "
+    "prior, from 0.9: all predictions so sure are committed, too",
     "worlds": "same: the same text as exact decoding (vanilla) in the same order; same x reused: "
-    "the mean of the worlds, to rank policies by",
+    "the mean of the worlds, to rank policies by; prior, from 0.9: all predictions so sure are "
+    "committed, too",
     "speed": f"medians of the runs, of vanilla's first {VANILLA_STEPS} steps; floor: reading all "
     "weights, or above `ridge rows` the arithmetic; at best: the speed-up of a step at its floor",
 }
@@ -756,9 +758,9 @@ def report_worlds(args, own):
     """The quality of all embedded worlds in one table."""
     tables = {}
     for name in WORLDS:
-        tables[name], _ = quality_of(args, task_of(args, name), own)
+        tables[name], settings = quality_of(args, task_of(args, name), own)
     facts = {"models": ", ".join(WORLDS), "device": device_name(args.device)}
-    settings = {"problems of each": args.problems}
+    settings = {"problems of each": settings["problems"]}
     if args.fresh is not None:
         settings["fresh, of seed"] = args.fresh
     return report("worlds", facts, settings, side_by_side(tables), {})

@@ -132,7 +132,7 @@ class State:
     decoded_at: torch.Tensor  # the step that decoded it; 0: none, as of the prompt
     recomputed_at: torch.Tensor  # the last step that recomputed it; 0: none
     confidence: torch.Tensor  # of the token predicted last; decoded positions keep theirs. Eq. 1
-    influence: torch.Tensor  # attention rollout of the last step, if the policy uses it
+    influence: torch.Tensor | None  # attention rollout of the last step; None if unused
     density: torch.Tensor  # certainty density around it. Eq. 3
     block: torch.Tensor  # being decoded: the first with a masked position; nothing if finished
     step: int  # steps done
@@ -172,7 +172,7 @@ class Policy:
     padding or in a finished sequence. Its answer depends on the state alone.
     """
 
-    uses_attention = False  # whether it looks at state.influence, which takes time
+    uses_attention = False  # whether it looks at state.influence, which takes time; else it is None
 
     def choose(self, state):
         """The positions to recompute, (B, T) bool, on the state's device.
@@ -493,7 +493,7 @@ def current_block(masked, block_length, prompt_length):
     return F.pad(first.repeat_interleave(block_length, dim=1), (prompt_length, 0))
 
 
-def blank_canvas(model, prompt, prompt_mask, gen_length):
+def blank_canvas(model, prompt, prompt_mask, gen_length, uses_attention):
     """The state before the first step, on the model's device; block and density are still empty."""
     weight = model.wte.weight
     prompt = prompt.to(weight.device).long()
@@ -511,7 +511,7 @@ def blank_canvas(model, prompt, prompt_mask, gen_length):
         decoded_at=torch.zeros_like(known, dtype=torch.long),
         recomputed_at=torch.zeros_like(known, dtype=torch.long),
         confidence=zeros,
-        influence=torch.ones_like(zeros),
+        influence=torch.ones_like(zeros) if uses_attention else None,
         density=zeros,
         block=torch.zeros_like(known),
         step=0,
@@ -571,7 +571,7 @@ def decode(
     if block_length is None:
         block_length = gen_length
     forward = getattr(policy, "recompute", partial(recompute, policy))
-    state = blank_canvas(model, prompt, prompt_mask, gen_length)
+    state = blank_canvas(model, prompt, prompt_mask, gen_length, policy.uses_attention)
     if cache is None:
         cache = KVCache(model.config, *state.tokens.shape, weight.device, weight.dtype)
     else:
@@ -639,7 +639,7 @@ def count_and_check(policy, state, chosen, predicted):
     require(finite, f"the logits of step {state.step} are not finite: {reason}")
     name = f"policy {type(policy).__name__}"
     fault = f"{name} chose no masked position of an unfinished block in step {state.step + 1}"
-    require(lawful, fault)
+    require(lawful, f"{fault}, should choose at least one of state.block & state.masked")
     return Q, R
 
 
@@ -887,7 +887,7 @@ def make_parser():
     add("--prompt", help="the user's text")
     add("--gen-length", type=int, help="tokens to decode (the world's own number, or 64)")
     policies = ", ".join(paper_settings(1))
-    add("--policy", default="d2cache", help=f"{policies} or FILE.py:Name(k=8)")
+    add("--policy", default="d2cache", help=f"{policies} or FILE.py:Name(k=8) (d2cache)")
     add("--block-length", type=int, help="decode in blocks of so many tokens, by confidence")
     add("--threshold", type=float, help="commit every token at least so confident, too")
     add("--stop-at-eos", action="store_true", help="stop where the answer ends")

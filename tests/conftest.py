@@ -57,6 +57,10 @@ def pytest_configure(config):
         raise pytest.UsageError("grade a --solution or a --policy, not both at once")
     if option.policy and ".py:" not in option.policy:
         raise pytest.UsageError(f"policy is {option.policy!r}, should be FILE.py:Name")
+    if option.solution and not option.solution.endswith(".py"):
+        raise pytest.UsageError(f"solution is {option.solution!r}, should be FILE.py")
+    if option.grade and not Path(option.grade).resolve().parent.is_dir():
+        raise pytest.UsageError(f"grade is {option.grade!r}, should be a file in a folder")
     if not hasattr(os, "fork"):
         raise pytest.UsageError("grading needs Linux or macOS: a law is a process forked off")
     settings.load_profile("grading")

@@ -113,9 +113,11 @@ def order_of(sigma, gen_length, block_length):
 def ask(policy, State, step, padding=None, **lists):
     """The positions that a policy chooses, given lists as a State of one sequence."""
     dtypes = {"confidence": torch.float64, "influence": torch.float64, "density": torch.float64}
-    tensors = {
-        name: torch.tensor([values], dtype=dtypes.get(name)) for name, values in lists.items()
-    }
+    tensors = {}
+    for name, values in lists.items():
+        if values is not None:  # as the influence is without attention
+            values = torch.tensor([values], dtype=dtypes.get(name))
+        tensors[name] = values
     chosen = policy.choose(State(step=step, **tensors))
     return [i for i, c in enumerate(chosen[0].tolist()) if c]
 
@@ -132,7 +134,7 @@ def decode(
     tokens = prompt + [mask] * gen_length
     known = [True] * P + [False] * gen_length
     decoded_at, recomputed_at = [0] * T, [0] * T
-    confidence, influence = [0.0] * T, [1.0] * T
+    confidence, influence = [0.0] * T, [1.0] * T if policy.uses_attention else None
     memory, history, step = {}, [], 0
     for start in range(P, T, block_length or gen_length):
         block = range(start, start + (block_length or gen_length))
@@ -176,5 +178,5 @@ def decode(
                 if rank >= tokens_per_step and (threshold is None or confidence[i] < threshold):
                     continue
                 tokens[i], known[i], decoded_at[i] = predicted[i], True, step
-            history.append((list(confidence), list(influence)))
+            history.append((list(confidence), influence))
     return tokens, history

@@ -191,7 +191,8 @@ def test_fresh_problems_are_those_of_their_seed_and_can_be_judged():
 
 
 def test_fresh_problems_of_a_world_are_solved_and_not_timed(command, tiny_run):
-    _, numbers = command("--world", "tiny", "--fresh", 3, *SMALL)
+    _, numbers = command("--world", "tiny", "--fresh", 3, "--dtype", "float64", *SMALL)
+    assert numbers["quality"][0]["dtype"] == "torch.float64"
     assert list(numbers) == ["run", "quality"] and numbers["quality"][0]["model"] == "tiny"
     assert numbers["quality"][0]["rows"] != tiny_run[1]["quality"][0]["rows"]
 
