@@ -1,6 +1,6 @@
 """The method of d2Cache, to be implemented: copy this file, and fill in one function after another.
 
-    python -m pytest --solution mine.py
+    python -m pytest --solution=mine.py
 
 puts every function that mine.py defines through its laws, in the place of the reference's, and
 prints the points. So work in any order, and delete what you do not want graded. Tensors in, tensors
@@ -33,7 +33,7 @@ def certainty_density(known, sigma, dtype=torch.float32):
 
 
 def certainty_prior(confidence, known, sigma):
-    """Confidence times certainty density, of the confidence's dtype.
+    """Confidence times certainty density, which is computed in the confidence's dtype.
 
     confidence (B, T) from 0 to 1, known (B, T) bool -> (B, T)
 
