@@ -235,7 +235,8 @@ def test_a_policy_earns_a_point_by_every_law_that_it_keeps(policies, call, broke
 
 
 def test_a_policy_may_come_with_arguments_or_as_an_object_and_import_what_is_beside_it(policies):
-    state = next(decode(SPEC.build(), torch.tensor([[1, 2, 3]]), 8))
+    prompt = torch.tensor([[1, 2, 3]])
+    state = next(decode(SPEC.build(), prompt, 8, policy=d2cache.D2Cache()))
     for call, k in [("Lawful(k=5)", 5), ("Lawful", 2), ("THREE", 3)]:
         policy = load_policy(f"{policies / 'mine.py'}:{call}")
         assert policy.k == k and (policy.choose(state) & state.masked).sum() == k
