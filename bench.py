@@ -832,8 +832,9 @@ def report_checkpoint(args, own):
 def reports(args):
     """All that the command line asks for, one by one: (kind, text to print, numbers to write)."""
     check(args)
-    if torch.device(args.device).type == "cuda":
-        torch.cuda.set_device(args.device)  # the one to wait for and to measure
+    device = torch.device(args.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # the one to wait for and to measure
     own = {}
     if args.policy:
         own[args.policy.partition(".py:")[2]] = load_policy(args.policy)

@@ -149,3 +149,12 @@ def test_bench_py_measures_every_row_launched_and_replayed():
     assert names[1::2] == [f"{name}, replayed" for name in names[::2]] and len(names) == 12
     assert all(row["ms per step"] > 0 and row["peak GiB"] is not None for row in speed["rows"])
     assert all(speed[rate] > 0 for rate in ("copy GB/s", "matrix TFLOP/s", "ridge rows"))
+
+
+def test_bench_py_runs_as_its_command_line_says():
+    """It once named the device to torch without a number, which torch refuses."""
+    args = bench.make_parser().parse_args(
+        ["--device", "cuda", "--world", "tiny", "--problems", "1"]
+    )
+    ((kind, _, numbers),) = bench.reports(args)
+    assert kind == "quality" and len(numbers["rows"]) > 12
