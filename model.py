@@ -377,10 +377,9 @@ def read_tokenizer(folder):
     except BaseException as error:  # a panic of the library, which is in Rust, is no Exception
         raise ValueError(f"{folder}: no readable tokenizer ({str(error)[:500]})") from error
 
-    # As a file may have been saved for training. And special tokens are text like any other:
-    tokenizer.no_truncation()
+    tokenizer.no_truncation()  # a file saved for training may have both on
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
+    tokenizer.encode_special_tokens = True  # as text: a user cannot write control tokens
 
     # The library ignores the ids that the file gives to added tokens, and counts on instead.
     added = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
@@ -437,8 +436,9 @@ def template_of(tokenizer):
 def encode_prompt(tokenizer, text):
     """A user's text, in the chat template if there is one.  -> (1, P) ids, or ValueError
 
-    Only the template's own control tokens become control ids: those that the text spells out stay
-    text. A tokenizer cuts at control tokens first, so all ids are those of the whole template.
+    Only the template's own control tokens become control ids. Those that the text spells out stay
+    text, as `load_tokenizer` sees to; with another tokenizer they are refused. A tokenizer cuts at
+    control tokens first, so all ids are those of the whole template.
     """
     template = template_of(tokenizer) or "{text}"
     if template == LLADA_TEMPLATE:
