@@ -67,10 +67,7 @@ SHARES = ["match", "solved", "pass@1", "strict", "text", "same", "reused"]  # la
 EXPLAINED = {  # a line under the title of a table
     "quality": "only it, only exact: problems that this row alone solves, or exact decoding "
     "(vanilla) in the same order; same text: as that; same x reused: to rank policies by; "
-    "prior, from 0.9: all predictions so sure are committed, too",
-    "worlds": "same: the same text as exact decoding (vanilla) in the same order; same x reused: "
-    "the mean of the worlds, to rank policies by; prior, from 0.9: all predictions so sure are "
-    "committed, too",
+    f"prior, from {THRESHOLD}: all predictions so sure are committed, too",
     "speed": f"medians of the runs, of vanilla's first {VANILLA_STEPS} steps; floor: reading all "
     "weights, or above `ridge rows` the arithmetic; at best: the speed-up of a step at its floor",
 }
@@ -341,21 +338,6 @@ def measure_quality(task, plan, batch):
         for row in rows:
             del row["strict"]
     return rows
-
-
-def side_by_side(tables):
-    """Quality tables of several worlds, {name: rows}, as one with a few columns for each."""
-    merged = []
-    for rows in zip(*tables.values()):
-        row = {"policy": rows[0]["policy"], "order": rows[0]["order"]}
-        for name, cells in zip(tables, rows):
-            row[f"{name} solved"] = cells["exact match"]
-            row[f"{name} same"] = cells["same text"]
-            row[f"{name} reused"] = cells["reused"]
-        ranks = [cells["same x reused"] for cells in rows]
-        row["same x reused"] = None if None in ranks else statistics.mean(ranks)
-        merged.append(row)
-    return merged
 
 
 # ---- Speed ---------------------------------------------------------------------------------------
@@ -732,38 +714,25 @@ def world_task(name, n, fresh=None, device="cpu", dtype=None):
     return Task(name, model, tokenizer, world.RESPONSE_LENGTH, problems, is_right)
 
 
-def task_of(args, name):
-    """The Task of an embedded world, as the command line asks for it."""
-    return world_task(name, args.problems, args.fresh, args.device, args.dtype)
-
-
-def quality_of(args, task, own):
-    """Rows of the quality table of a task, and what they were measured with."""
+def report_quality(args, task, own):
+    """The quality table of a task."""
     gen_length = task.gen_length
     batch = args.batch or (1 if args.model else 32)  # of a large model, memory may hold one
     settings = {"problems": len(task.problems), "response": gen_length}
     settings["block length"] = block_length_of(gen_length)
+    if args.fresh is not None:
+        settings["fresh, of seed"] = args.fresh
     ours = {"d2Cache": paper_settings(gen_length)["d2cache"]["policy"]}
     settings |= {name: str(policy) for name, policy in (ours | own).items()}
-    return measure_quality(task, make_plan(gen_length, own), batch), settings
-
-
-def report_quality(args, task, own):
-    """The quality table of a task."""
-    rows, settings = quality_of(args, task, own)
+    rows = measure_quality(task, make_plan(gen_length, own), batch)
     return report("quality", facts_of(task.name, task.model), settings, rows, {})
 
 
 def report_worlds(args, own):
-    """The quality of all embedded worlds in one table."""
-    tables = {}
-    for name in WORLDS:
-        tables[name], settings = quality_of(args, task_of(args, name), own)
-    facts = {"models": ", ".join(WORLDS), "device": device_name(args.device)}
-    settings = {"problems of each": settings["problems"]}
-    if args.fresh is not None:
-        settings["fresh, of seed"] = args.fresh
-    return report("worlds", facts, settings, side_by_side(tables), {})
+    """The quality tables of all embedded worlds, or of the one named."""
+    for name in [args.world] if args.world else WORLDS:
+        task = world_task(name, args.problems, args.fresh, args.device, args.dtype)
+        yield report_quality(args, task, own)
 
 
 def report_speed(args, name, model, prompt, gen_length, own):
@@ -840,34 +809,24 @@ def reports(args):
         own[args.policy.partition(".py:")[2]] = load_policy(args.policy)
     if args.model:
         yield from report_checkpoint(args, own)
-    elif args.world:
-        yield report_quality(args, task_of(args, args.world), own)
     else:
-        race, name = race_of(args)
-        yield report_worlds(args, own)
-        yield from report_race(race, name, args, own)
+        yield from report_worlds(args, own)
+        if args.world is None:
+            race, name = race_of(args)
+            yield from report_race(race, name, args, own)
 
 
 def run_record(args):
-    """How the numbers came about."""
-    git = ["git", f"--git-dir={ROOT}/.git", f"--work-tree={ROOT}", "describe", "--always"]
-    driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    """How the numbers came about. Where there is no git or no driver, why not."""
+    git = f'git --git-dir="{ROOT}/.git" --work-tree="{ROOT}"'
+    nvidia = "nvidia-smi --query-gpu=driver_version"
     return {
         "arguments": vars(args),
-        "commit": output_of(git + ["--dirty", "--abbrev=40", "--exclude=*"]),
+        "commit": subprocess.getoutput(f"{git} describe --always --dirty --abbrev=40"),
         "torch": torch.__version__,
-        "driver": output_of(driver),
+        "driver": subprocess.getoutput(f"{nvidia} --format=csv,noheader"),
         "device": device_name(args.device),
     }
-
-
-def output_of(command):
-    """What a program prints; None if it is not there, or fails."""
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def run(args):

@@ -8,19 +8,14 @@ worlds counts.
 """
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "guests")]
 
-from bench import (  # noqa: E402
-    Row,
-    measure_quality,
-    world_task,
-    side_by_side,
-    table_text,
-)
+from bench import Row, measure_quality, table_text, world_task  # noqa: E402
 from d2cache import WORLDS, SlidingWindow, load_policy, paper_settings  # noqa: E402
 from dllm_cache import DLLMCache  # noqa: E402
 from elastic_cache import ElasticCache  # noqa: E402
@@ -69,6 +64,23 @@ def plan(gen_length, own):
     return rows
 
 
+def side_by_side(tables):
+    """Quality tables of the worlds, {name: rows}, as one, best first; without exact decoding."""
+    merged = []
+    for rows in zip(*tables.values()):
+        ranks = [cells["same x reused"] for cells in rows]
+        if None in ranks:
+            continue
+        row = {"policy": rows[0]["policy"], "order": rows[0]["order"]}
+        for name, cells in zip(tables, rows):
+            row[f"{name} solved"] = cells["exact match"]
+            row[f"{name} same"] = cells["same text"]
+            row[f"{name} reused"] = cells["reused"]
+        row["same x reused"] = statistics.mean(ranks)
+        merged.append(row)
+    return sorted(merged, key=lambda row: -row["same x reused"])
+
+
 def main():
     """Print the board, best first."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -83,9 +95,7 @@ def main():
     for name in WORLDS:
         task = world_task(name, args.problems, args.fresh)
         tables[name] = measure_quality(task, plan(task.gen_length, own), BATCH)
-    ranked = [row for row in side_by_side(tables) if row["same x reused"] is not None]
-    ranked.sort(key=lambda row: -row["same x reused"])
-    print(table_text(ranked))
+    print(table_text(side_by_side(tables)))
 
 
 if __name__ == "__main__":
