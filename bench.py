@@ -64,12 +64,12 @@ CPU_RACE = Race(CPU_SHAPE, torch.float32, prompts=(384,), gen_length=64, batch=2
 # ---- Tables --------------------------------------------------------------------------------------
 
 SHARES = ["match", "solved", "pass@1", "strict", "text", "same", "reused"]  # last words of columns
-EXPLAINED = {  # a line under the title of a table
+EXPLAINED = {  # under the title of a table
     "quality": "only it, only exact: problems that this row alone solves, or exact decoding "
-    "(vanilla) in the same order; same text: as that; same x reused: to rank policies by; "
+    "(vanilla) in the same order; same text: as that;\nsame x reused: to rank policies by; "
     f"prior, from {THRESHOLD}: all predictions so sure are committed, too",
     "speed": f"medians of the runs, of vanilla's first {VANILLA_STEPS} steps; floor: reading all "
-    "weights, or above `ridge rows` the arithmetic; at best: the speed-up of a step at its floor",
+    "weights, or above `ridge rows` the arithmetic;\nat best: the speed-up of a step at its floor",
 }
 
 

@@ -227,7 +227,8 @@ def test_printed_and_written_numbers_are_the_same(embedded_run):
     text, numbers = embedded_run
     for kind in ("quality", "speed"):
         table = numbers[kind][0]
-        lines = text[text.index(f"{kind.upper()}  ") :].splitlines()[3:]
+        text = text[text.index(f"{kind.upper()}  ") :]
+        lines = text[text.index("policy   ") :].splitlines()
         assert re.split("  +", lines[0].strip()) == list(table["rows"][0])
         for line, row in zip(lines[1:], table["rows"]):
             cells = re.split("  +", line.strip())
