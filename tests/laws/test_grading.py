@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[2]
 RIGHT = Path(d2cache.__file__).read_text()  # our own file is a solution
 
 
-def grade(folder, *submission, laws=("laws/test_equations.py", "course"), limit=60):
+def grade(folder, *submission, laws=("laws/test_equations.py", "course")):
     """What each law earns, {name: entry of results.json}, and what was printed."""
     results = folder / "results.json"
     results.write_text("of the last time")
     paths = [ROOT / "tests" / law for law in laws]
-    options = [f"--grade={results}", f"--limit={limit}", "-q"]
+    options = [f"--grade={results}", "-q"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *paths, *options, *submission],
@@ -66,7 +66,7 @@ FAULTS = [
     ("in reversed(maps)", "in maps"),  # rollout from the first layer to the last
     ("(mass_above <= p *", "(mass <= p *"),  # nucleus without the position that crosses p
     ("    inside = torch.arange(score", "    print(score)\n    inside = torch.arange(score"),
-    ("    priority = chosen.int()", "    while True: pass\n    priority = chosen.int()"),
+    ("    priority = chosen.int()", "    priority = len(chosen, predicted)"),
     ("    row = (predicted.cumsum(", "    os._exit(0)\n    row = (predicted.cumsum("),
     ("(confidence >= threshold)", "(confidence > threshold)"),
     ("        inside = highest(prior, state.masked & state.block, self.k)",
@@ -80,13 +80,15 @@ def test_a_file_in_the_clone_is_graded_as_its_author_types_it():
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".") as folder:
         mine = Path(folder) / "mine.py"
         results = Path(folder) / "results.json"
-        mine.write_text("def unpack(packed, predicted):\n    raise NotImplementedError\n")
+        mine.write_text("def unpack(packed, predicted):\n    while True:\n        pass\n")
         results.write_text("of the last time")
-        line = [sys.executable, "-m", "pytest", "-q", "--solution", mine, "--grade", results]
+        line = [sys.executable, "-m", "pytest", "-q", "--limit", "2"]
+        line += ["--solution", mine, "--grade", results]
         done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=200)
         tests = json.loads(results.read_text())["tests"]
-    parts = [entry["name"].split(": ")[0] for entry in tests]
-    assert set(parts) == {"unpack", "all together"} and "0 of " in done.stdout
+    assert [entry["name"].split(": ")[0] for entry in tests] == ["unpack", "all together"]
+    assert all(entry["output"] == "hangs: not done after 2 seconds" for entry in tests)
+    assert "0 of 4 in all" in done.stdout
 
 
 def test_every_fault_loses_the_laws_that_see_it_and_no_others(tmp_path):
@@ -95,7 +97,7 @@ def test_every_fault_loses_the_laws_that_see_it_and_no_others(tmp_path):
         assert text.count(right) == 1, right
         text = text.replace(right, wrong)
     (tmp_path / "mine.py").write_text(text)
-    verdicts, printed = grade(tmp_path, f"--solution={tmp_path / 'mine.py'}", limit=6)
+    verdicts, printed = grade(tmp_path, f"--solution={tmp_path / 'mine.py'}")
     assert {part: len(laws) for part, laws in lost(verdicts).items()} == {
         "certainty_density": 3,
         "certainty_prior": 1,
@@ -111,7 +113,7 @@ def test_every_fault_loses_the_laws_that_see_it_and_no_others(tmp_path):
     said = {name.split(": ")[0]: entry["output"] for name, entry in verdicts.items()}
     assert said["certainty_prior"].startswith("certainty_prior writes into an argument")
     assert said["highest"].startswith("prints 'tensor([[")
-    assert said["pack"].startswith("hangs: not done after 6 seconds")
+    assert said["pack"].startswith("TypeError: len() takes exactly one argument (2 given)\nmine.py")
     assert said["unpack"] == "ends the process, with exit code 0"
     assert said["about_to_be_decoded"].startswith("SystemExit: 3\nmine.py, line ")
     assert said["attended"].startswith("attended returns a NoneType, should return a tensor")
@@ -123,20 +125,19 @@ def test_every_fault_loses_the_laws_that_see_it_and_no_others(tmp_path):
 
 
 def test_the_same_file_gets_the_same_verdict_wherever_it_is_and_whatever_it_is_called(tmp_path):
-    """Of the laws of two functions alone, as they are all that it defines; one draws lots."""
+    """Of the law of one function alone, which draws lots."""
     lots = (
         "import torch\ndef highest(score, among, n):\n    return torch.rand(score.shape) < 0.99\n"
     )
-    nucleus = "def nucleus(score, p, among):\n    return among & (score >= p)\n"
     verdicts = []
     for name in ("first/mine.py", "second/a longer name.py"):
         file = tmp_path / name
         file.parent.mkdir()
-        file.write_text(lots + nucleus)
+        file.write_text(lots)
         verdict, _ = grade(file.parent, f"--solution={file}")
         verdicts.append(json.dumps(verdict).replace(file.name, "mine.py"))
     assert verdicts[0] == verdicts[1] and "highest: " in verdicts[0]
-    assert {name.split(": ")[0] for name in verdict} == {"nucleus", "highest", "all together"}
+    assert {name.split(": ")[0] for name in verdict} == {"highest", "all together"}
 
 
 @pytest.mark.parametrize(
@@ -184,21 +185,15 @@ class Lawful:
         return surest | D2Cache(k=3).attended(state) | state.fresh
 
 
-class CountsItsCalls:
+class Lawless:  # counts its calls, and looks at the company
     uses_attention = False
     calls = 0
 
     def choose(self, state):
         self.calls += 1
-        return state.block_starts | state.block | (self.calls % 8 == 0)
-
-
-class LooksAtTheCompany:
-    uses_attention = False
-
-    def choose(self, state):
         to_decode = state.masked & state.block
-        return to_decode & (to_decode.cumsum(dim=1) <= len(state.known))
+        window = to_decode & (to_decode.cumsum(dim=1) <= len(state.known))
+        return window | (self.calls % 8 == 0)
 
 
 THREE = Lawful(k=3)
@@ -214,24 +209,16 @@ def policies(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "call, broken, line",
-    [
-        ("Lawful(k=1)", None, ""),
-        ("CountsItsCalls()", CONTRACT, "answers otherwise when it is asked again"),
-        ("LooksAtTheCompany", COMPANY, ""),
-    ],
-)
-def test_a_policy_earns_a_point_by_every_law_that_it_keeps(policies, call, broken, line):
+@pytest.mark.parametrize("call, points", [("Lawful(k=1)", [1, 1]), ("Lawless", [0, 0])])
+def test_a_policy_earns_a_point_by_every_law_that_it_keeps(policies, call, points):
     laws = ["laws/test_decoding.py"]
     few = ["-k", "contract or company"]
     verdicts, _ = grade(policies, "--policy", f"{policies / 'mine.py'}:{call}", *few, laws=laws)
-    assert {*verdicts} == {CONTRACT, COMPANY} and next(iter(verdicts)) == CONTRACT
+    assert list(verdicts) == [CONTRACT, COMPANY]
+    assert [entry["score"] for entry in verdicts.values()] == points
     assert all(entry["max_score"] == 1 for entry in verdicts.values())
-    if broken is None:
-        assert lost(verdicts) == {}
-    else:
-        assert verdicts[broken]["score"] == 0 and line in verdicts[broken]["output"]
+    if points == [0, 0]:
+        assert "answers otherwise when it is asked again" in verdicts[CONTRACT]["output"]
 
 
 def test_a_policy_may_come_with_arguments_or_as_an_object_and_import_what_is_beside_it(policies):
