@@ -722,7 +722,7 @@ def check_sampling(temperature, generator, device):
 TESTS = Path(__file__).resolve().parent / "tests"
 WORLDS = {name: TESTS / name for name in ("tiny", "diary", "journey")}
 EMBEDDED_MODEL = WORLDS["tiny"]
-EXAMPLE = (
+EXAMPLE = (  # a question of its world, for README.md and bench.py
     "Ben has 30 pens. On Monday Ben buys 5 pens at the shop. On Tuesday Ben loses 8 pens at the "
     "park. On Wednesday Ben wins 4 more pens at the school. How many pens does Ben have now?"
 )
@@ -885,7 +885,7 @@ def make_parser():
     add("--dtype", choices=DTYPES, help="instead of the checkpoint's")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--prompt", help="the user's text")
-    add("--gen-length", type=int, help="tokens to decode (the world's own number, or 64)")
+    add("--gen-length", type=int, help="tokens to decode (as many as the world wants)")
     policies = ", ".join(paper_settings(1))
     add("--policy", default="d2cache", help=f"{policies} or FILE.py:Name(k=8) (d2cache)")
     add("--block-length", type=int, help="decode in blocks of so many tokens, by confidence")
@@ -898,17 +898,14 @@ def make_parser():
 
 def fill_in(args):
     """Give --model, --prompt and --gen-length, where they are left out, the values of the world."""
-    prompt = EXAMPLE
-    gen_length = 64
+    folder = WORLDS[args.world]
+    world = load_module(folder / "problems.py")
     if args.model is None:
-        args.model = WORLDS[args.world]
-        world = load_module(args.model / "problems.py")
-        prompt = world.SAMPLE
-        gen_length = world.RESPONSE_LENGTH
+        args.model = folder
     if args.prompt is None:
-        args.prompt = prompt
+        args.prompt = world.SAMPLE
     if args.gen_length is None:
-        args.gen_length = gen_length
+        args.gen_length = world.RESPONSE_LENGTH
 
 
 def decode_arguments(args):

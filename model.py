@@ -16,6 +16,7 @@ LLaDA: arXiv 2502.09992, Dream: 2508.15487. Index order is always batch, positio
 import json
 import re
 import warnings
+from collections import namedtuple
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
@@ -32,9 +33,18 @@ from torch import nn
 torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of rows, for 30 ms
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
-# The layouts implemented, by model_type, and whether row i - 1 of their logits predicts position i.
-SHIFTED = {"llada": False, "illada": False, "a2d-qwen2": False, "Dream": True}
 MAP_ROWS = 512  # queries in a slice of the attention map
+
+
+# What config.json does not say of a layout: whether row i - 1 of the logits predicts position i;
+# biases of q, k and v; the mask where the tokenizer is silent.
+Layout = namedtuple("Layout", "shifted qkv_bias mask_token")
+LAYOUTS = {  # those implemented, by model_type
+    "llada": Layout(False, False, "<|mdm_mask|>"),
+    "illada": Layout(False, False, "<[MASK]>"),
+    "a2d-qwen2": Layout(False, True, "<|mask|>"),
+    "Dream": Layout(True, True, "<|mask|>"),
+}
 
 
 def require(condition, message):
@@ -77,7 +87,7 @@ class Config:
     @property
     def shifted(self):
         """Dream: row i - 1 predicts position i, and row 0 position 0 too."""
-        return SHIFTED[self.model_type]
+        return LAYOUTS[self.model_type].shifted
 
     @property
     def end_ids(self):
@@ -504,12 +514,6 @@ FREE = """
     tokenizer_class torch_dtype transformers_version unsloth_fixed unsloth_version use_cache
 """.split()
 
-# What config.json does not say: biases of q, k and v, and the mask where the tokenizer is silent.
-QKV_BIAS = {"llada": False, "illada": False, "a2d-qwen2": True, "Dream": True}
-MASK_TOKENS = {
-    "llada": "<|mdm_mask|>", "illada": "<[MASK]>", "a2d-qwen2": "<|mask|>", "Dream": "<|mask|>",
-}  # fmt: skip
-
 # LLaDA's names are ours. The same in the layout of Hugging Face's Llama, which Dream follows:
 HF_KEYS = dict(
     d_model="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
@@ -556,7 +560,7 @@ def require_a_transformer(config):
 
 def require_known(model_type, where=""):
     """ValueError unless the layout is one of those implemented."""
-    known = list(SHIFTED)
+    known = list(LAYOUTS)
     unknown = f"{where}model_type is {shown(model_type)}, but only {known} are implemented"
     require(model_type in known, unknown)
 
@@ -575,16 +579,17 @@ def read_config(path):
         values.setdefault("model_type", "llada")  # nobody else has its keys
     model_type = values.get("model_type")
     require_known(model_type, where=f"{path}: ")
+    layout = LAYOUTS[model_type]
 
     keys = {f.name: f.name for f in fields(Config) if f.name != "other_end_ids"}
     if "hidden_size" in values:
         keys |= HF_KEYS
-        values.setdefault("attention_bias", QKV_BIAS[model_type])
+        values.setdefault("attention_bias", layout.qkv_bias)
     ours = {name: values[key] for name, key in keys.items() if key in values}
 
     tokenizer = read_tokenizer(path.parent)
     ids = {} if tokenizer is None else tokenizer.get_vocab()
-    mask = mask_token(path.parent, model_type)
+    mask = mask_token(path.parent) or layout.mask_token
     if mask in ids:
         ours.setdefault("mask_token_id", ids[mask])
     ends = listed_ends(path, values)
@@ -592,7 +597,7 @@ def read_config(path):
         ours["eos_token_id"] = ends[0]
     config = make_config(path, ours, keys)
 
-    fixed = FIXED | {"head_dim": config.head_dim, "attention_bias": QKV_BIAS[model_type]}
+    fixed = FIXED | {"head_dim": config.head_dim, "attention_bias": layout.qkv_bias}
     refuse_other_computations(path, values, fixed, read=keys.values())
 
     # The embedding may have rows without a token, and not every id has a row. The first end is the
@@ -656,12 +661,12 @@ def make_config(path, ours, keys):
         raise ValueError(f"{path}: {message}") from error
 
 
-def mask_token(folder, model_type):
-    """The text of [MASK], as tokenizer_config.json has it, else as its layout has."""
+def mask_token(folder):
+    """The text of [MASK] in tokenizer_config.json; None if that does not say it."""
     token = read_optional_json(folder / "tokenizer_config.json").get("mask_token")
     if isinstance(token, dict):
         token = token.get("content")
-    return token if isinstance(token, str) else MASK_TOKENS[model_type]
+    return token if isinstance(token, str) else None
 
 
 def listed_ends(path, values):

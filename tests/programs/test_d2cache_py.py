@@ -21,6 +21,7 @@ import d2cache
 from d2cache import (
     COLOURS,
     EMBEDDED_MODEL,
+    EXAMPLE,
     TRACE_TITLES,
     WORLDS,
     D2Cache,
@@ -140,7 +141,8 @@ def test_the_papers_settings_fit_every_length(gen_length):
 def test_the_python_of_the_readme_runs_and_answers_as_the_program_does(command):
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert result.stdout == command("--model", EMBEDDED_MODEL).out, result.stderr
+    program = command("--model", EMBEDDED_MODEL, "--prompt", EXAMPLE)
+    assert result.stdout == program.out, result.stderr
 
 
 # ---- The trace -----------------------------------------------------------------------------------
