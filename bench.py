@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from d2cache import EXAMPLE, WORLDS, RecomputeAll, decode, load_module, load_policy
-from d2cache import paper_settings, recompute, run_program
+from d2cache import paper_block_length, paper_settings, recompute, run_program
 from model import DTYPES, Config, KVCache, Transformer, decode_response, encode_prompt
 from model import load_tokenizer, require, require_device
 
@@ -50,8 +50,7 @@ CPU_SHAPE = replace(  # an eighth as wide and a quarter as deep
     LLADA_8B_SHAPE, d_model=512, n_layers=8, n_heads=4, n_kv_heads=4, mlp_hidden_size=1536,
     vocab_size=15808, embedding_size=15808, mask_token_id=15792, eos_token_id=15760,
 )  # fmt: skip
-LLADA_8B_BYTES = 23e9  # tensors and graphs 22 GB (weights 16), CUDA's context and libraries 1
-
+LLADA_8B_BYTES = 23e9  # of free memory: tensors and graphs 22 GB, CUDA's context and libraries 1
 
 # Timed without a checkpoint: a table for each length in `prompts`.
 Race = namedtuple("Race", "config dtype prompts gen_length batch")
@@ -63,23 +62,25 @@ CPU_RACE = Race(CPU_SHAPE, torch.float32, prompts=(384,), gen_length=64, batch=2
 
 # ---- Tables --------------------------------------------------------------------------------------
 
-SHARES = ["match", "solved", "pass@1", "strict", "text", "same", "reused"]  # last words of columns
+# Columns printed in %, by their last word; two of them are the leaderboard's.
+SHARES = ["match", "pass@1", "strict", "text", "reused", "solved", "same"]
 EXPLAINED = {  # under the title of a table
-    "quality": "only it, only exact: problems that this row alone solves, or exact decoding "
-    "(vanilla) in the same order; same text: as that;\nsame x reused: to rank policies by; "
-    f"prior, from {THRESHOLD}: all predictions so sure are committed, too",
-    "speed": f"medians of the runs, of vanilla's first {VANILLA_STEPS} steps; floor: reading all "
-    "weights, or above `ridge rows` the arithmetic;\nat best: the speed-up of a step at its floor",
+    "quality": "only it, only exact: solved by this row alone, or by exact decoding (vanilla) in "
+    "the same order alone; same text: as exact decoding writes;\n"
+    f"same x reused: ranks policies; prior, from {THRESHOLD}: also commits all that is so sure",
+    "speed": f"medians of the runs, of vanilla's first {VANILLA_STEPS} steps; "
+    "floor: reading all weights, or above `ridge rows` the arithmetic;\n"
+    "at best: the speed-up of a step at its floor",
 }
 
 
-# A row to be measured: who decodes, in which order, with which arguments of `decode`; whether it is
-# timed, or only in the quality table.
+# A row to be measured: who decodes, in which order, with which arguments of `decode`; and whether
+# it stands in the speed table, too.
 Row = namedtuple("Row", "policy order arguments timed")
 
 
 def cell(name, value):
-    """A value as it is printed; "-" where it was not measured."""
+    """A value of a column as it is printed; "-" where it was not measured."""
     if value is None:
         return "-"
     if isinstance(value, tuple):
@@ -149,7 +150,7 @@ def device_name(device):
 # ---- Quality -------------------------------------------------------------------------------------
 
 # The question is what is judged, the prompt what the model reads: --shots puts worked examples
-# before the question. `where` names it in messages. The grader's problems have these fields, too.
+# before the question. `where` names it in messages. scores.py makes its own, with these fields.
 Problem = namedtuple("Problem", "where question prompt answer")
 
 
@@ -162,18 +163,13 @@ class Task:
     tokenizer: object
     gen_length: int
     problems: tuple = ()
-    is_right: Callable | None = None  # problem, text -> (right, strictly right)
+    is_right: Callable | None = None  # problem, text -> (right, right by the strict score)
     score: str = "exact match"
 
 
 # What came of a row, as lists over the problems: texts; whether right, and strictly right; forwards
 # of the decode; and the mean share of positions recomputed in them.
 Outcome = namedtuple("Outcome", "texts right strict forwards shares")
-
-
-def block_length_of(gen_length):
-    """Of the rows that decode in blocks."""
-    return paper_settings(gen_length)["dual"]["block_length"]
 
 
 def make_plan(gen_length, own):
@@ -185,7 +181,7 @@ def make_plan(gen_length, own):
     """
     orders = {
         "confidence": {"sigma": None},
-        "blocks": {"block_length": block_length_of(gen_length)},  # by confidence in each
+        "blocks": {"block_length": paper_block_length(gen_length)},  # by confidence in each
         "prior": {},
     }
     ours = {name: arguments["policy"] for name, arguments in paper_settings(gen_length).items()}
@@ -203,7 +199,7 @@ def make_plan(gen_length, own):
 
     for name in ("prefix", "dual", "delayed"):
         add(f"{name} cache", ours[name], "blocks", timed=True)
-    for name, control in load_module(CONTROLS).CONTROLS.items():
+    for name, control in load_module(CONTROLS).CONTROLS.items():  # classes derived from D2Cache
         add(name, control(**vars(ours["d2cache"])), "prior", timed=False)
     for name in ("vanilla", "d2Cache"):
         arguments = {"policy": compared[name], "threshold": THRESHOLD}
@@ -212,7 +208,7 @@ def make_plan(gen_length, own):
 
 
 def encode_problems(task):
-    """The prompts, each (P,); ValueError names the first problem that is none for the model."""
+    """The prompts, each (P,); ValueError names the first that has no ids, or too many."""
     longest = task.model.config.max_sequence_length - task.gen_length
     prompts = []
     for problem in task.problems:
@@ -238,7 +234,7 @@ def left_padded(prompts):
     return torch.stack(padded), torch.stack(real)
 
 
-def work_done(states, policy):
+def work_done(policy, states):
     """Forwards of each sequence, and its mean share of positions recomputed in them.  2 x (B,)
 
     A policy with a forward pass of its own says in `recomputed` what that was: see d2cache.Policy.
@@ -265,7 +261,7 @@ def solve(task, prompts, arguments, batch, progress):
         states = list(decode(task.model, prompt, task.gen_length, prompt_mask=mask, **arguments))
         for response in states[-1].tokens[:, prompt.shape[1] :]:
             texts.append(decode_response(task.tokenizer, response, task.model.config.end_ids))
-        batch_forwards, batch_shares = work_done(states, arguments["policy"])
+        batch_forwards, batch_shares = work_done(arguments["policy"], states)
         forwards += batch_forwards.tolist()
         shares += batch_shares.tolist()
         progress.update(len(prompt))
@@ -298,13 +294,13 @@ def quality_row(row, outcome, exact, score, gen_length):
     """
     n = len(outcome.right)
     reused = 1 - statistics.mean(outcome.shares)
-    only_it = only_exact = same = rank = None
+    only_it = only_exact = same_text = same_x_reused = None
     if exact is not None:
         pairs = list(zip(outcome.right, exact.right))
         only_it = pairs.count((True, False))
         only_exact = pairs.count((False, True))
-        same = sum(map(str.__eq__, outcome.texts, exact.texts)) / n
-        rank = same * reused
+        same_text = sum(map(str.__eq__, outcome.texts, exact.texts)) / n
+        same_x_reused = same_text * reused
     return {
         "policy": row.policy,
         "order": row.order,
@@ -313,15 +309,15 @@ def quality_row(row, outcome, exact, score, gen_length):
         "strict": sum(outcome.strict) / n,
         "only it": only_it,
         "only exact": only_exact,
-        "same text": same,
+        "same text": same_text,
         "tokens per forward": gen_length / statistics.mean(outcome.forwards),
         "reused": reused,
-        "same x reused": rank,
+        "same x reused": same_x_reused,
     }
 
 
 def measure_quality(task, plan, batch):
-    """Rows of the quality table. The chance of controls starts anew for each."""
+    """Rows of the quality table. Every row starts from the same seed: some controls draw."""
     prompts = encode_problems(task)
     rows = []
     exact = {}  # Outcome by order
@@ -332,7 +328,7 @@ def measure_quality(task, plan, batch):
             outcome = solve(task, prompts, row.arguments, batch, progress)
             reference = exact.get(row.order)
             rows.append(quality_row(row, outcome, reference, task.score, task.gen_length))
-            exact.setdefault(row.order, outcome)
+            exact.setdefault(row.order, outcome)  # vanilla, the first row of each order
 
     if all(row["strict"] == row[task.score] for row in rows):
         for row in rows:
@@ -361,7 +357,7 @@ def random_model(config, device, dtype):
 
 
 def random_prompt(config, length, batch, device):
-    """A prompt of random ids, (batch, length)."""
+    """A prompt of random ids, (batch, length); those below EOS, so [MASK] is none of them."""
     random = torch.Generator().manual_seed(0)
     return torch.randint(config.eos_token_id, (batch, length), generator=random).to(device)
 
@@ -404,7 +400,7 @@ def floor_seconds(model, T, counts, rates):
     bandwidth, flops = rates
     in_layers = sum(weight.numel() for weight in model.blocks.parameters())
     in_head = model.wte.weight.numel()
-    in_attention = 2 * config.n_layers * config.d_model * T  # query x key, weight x value
+    in_attention = 2 * config.n_layers * config.d_model * T  # of a row: query x key, weight x value
     reading = (in_layers + in_head) * model.wte.weight.element_size() / bandwidth
     seconds = []
     for rows, head_rows in counts:
@@ -417,6 +413,7 @@ def ridge_rows(element_size, rates):
     """Rows of a step, in all sequences, at which its arithmetic takes as long as reading weights.
 
     A weight takes element_size / bandwidth to read, and 2 / FLOP/s of arithmetic for each row.
+    Attention, which adds some arithmetic, is left out.
     """
     bandwidth, flops = rates
     return element_size / bandwidth * flops / 2
@@ -425,16 +422,15 @@ def ridge_rows(element_size, rates):
 def row_counts(policy, states):
     """(rows through the layers, rows through the head) of every step, in all sequences.
 
-    Through the head go those masked before the step: still masked, or committed by it. (For Dream
-    `chosen` holds some rows more, so the floor is a little high.)
+    (For Dream some of those predicted were only chosen as the row before: the floor is a little
+    high.)
     """
     counts = []
     for step, state in enumerate(states):
         in_layers = state.chosen
         if hasattr(policy, "recomputed"):  # a pass of its own, in shares of the layers
             in_layers = policy.recomputed[step]
-        in_head = state.chosen & (state.masked | state.fresh)
-        counts.append((in_layers.sum().item(), in_head.sum().item()))
+        counts.append((in_layers.sum().item(), state.predicted.sum().item()))
     return counts
 
 
@@ -479,7 +475,7 @@ def time_row(model, prompt, gen_length, row, replayed, rates):
         runs.append(statistics.mean(seconds))
         spent += sum(seconds)
 
-    share = work_done(states, policy)[1].mean().item()
+    share = work_done(policy, states)[1].mean().item()
     floor = floor_seconds(model, T, row_counts(policy, states), rates)
     peak = torch.cuda.max_memory_reserved() if prompt.is_cuda else None
     return Timing(row, replayed, runs, share, floor, peak)
@@ -505,7 +501,7 @@ def measure_speed(model, prompt, gen_length, plan, rates):
 def speed_rows(timings, batch):
     """Rows of the speed table, at one token per step and sequence; speed-ups are over the first."""
     rows = []
-    pace = statistics.median(timings[0].runs)
+    vanilla_step = statistics.median(timings[0].runs)
     for timing in timings:
         step = statistics.median(timing.runs)
         row = {
@@ -514,10 +510,10 @@ def speed_rows(timings, batch):
             "reused": 1 - timing.share,
             "ms per step": 1000 * step,
             "tokens/s": batch / step,
-            "speed-up": pace / step,
+            "speed-up": vanilla_step / step,
             "floor ms": 1000 * timing.floor,
             "x floor": step / timing.floor,
-            "at best": pace / timing.floor,
+            "at best": vanilla_step / timing.floor,
             "peak GiB": None if timing.peak is None else timing.peak / 2**30,
             "runs": len(timing.runs),
         }
@@ -527,8 +523,8 @@ def speed_rows(timings, batch):
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
 
-# Kernels of attention, the fastest one first. cuDNN's plans for every number of rows anew, for 30
-# ms: too long for a step, but a graph needs it once.
+# Kernels of attention, the fastest one first. model.py leaves cuDNN's off, as its planning takes 30
+# ms for every new number of rows; a graph is captured once.
 FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -568,7 +564,7 @@ class CudaGraphs:
         if cache is not self.cache or model is not self.model:
             self.drop_graphs(model, cache)
         T = state.tokens.shape[1]
-        if self.uses_attention and positions.shape[1] == T:  # a graph would keep its T x T maps
+        if self.uses_attention and positions.shape[1] == T:  # too large to keep: maps of T x T
             return recompute(self.policy, model, cache, state, positions, valid, R)
 
         positions, valid, rows = self.round_up(positions, valid, R, T)
@@ -590,7 +586,7 @@ class CudaGraphs:
         self.model = model
         self.cache = cache
         self.graphs = {}
-        self.pool = None  # of memory: the old one goes with its graphs
+        self.pool = None  # the graphs' memory
 
     def round_up(self, positions, valid, R, T):
         """What `pack` gives and R, for the sizes of a graph."""
@@ -613,7 +609,7 @@ class CudaGraphs:
     def graph_of(self, run):
         """A graph of what run() launches, and the tensors in which a replay leaves its results."""
         graph = torch.cuda.CUDAGraph()
-        # Sharing memory is safe: the results of one graph are used up before the next is replayed.
+        # Sharing memory is safe: the results of one graph are read before the next is replayed.
         device = self.model.wte.weight.device
         with torch.cuda.device(device), sdpa_kernel(FASTEST_FIRST, set_priority=True):
             run()  # what kernels do when they are first used cannot be captured
@@ -685,19 +681,16 @@ def read_data(args):
     """Problems of --data, who judges them, and the name of the score, as fields of a Task."""
     grader = load_module(GRADER)
     problems = grader.read_problems(args.data, args.shots, args.problems)
-    programs = grader.runs_code(problems)
+    is_code = grader.runs_code(problems)
     fault = f"{args.data} asks for programs: to score them is to execute what the model writes here"
-    require(args.run_code or not programs, f"{fault}; --run-code does it")
-    require(programs or not args.run_code, f"--run-code: {args.data} asks for no programs")
-    score = "pass@1" if programs else "exact match"
+    require(args.run_code or not is_code, f"{fault}; --run-code does it")
+    require(is_code or not args.run_code, f"--run-code: {args.data} asks for no programs")
+    score = "pass@1" if is_code else "exact match"
     return {"problems": problems, "is_right": grader.is_right, "score": score}
 
 
 def world_task(name, n, fresh=None, device="cpu", dtype=None):
-    """An embedded model, and n held-out problems of its world.
-
-    Or, so that nobody tunes to these, problems of the seed `fresh`.
-    """
+    """An embedded model, and n problems of its world, of the seed for tests or `fresh`."""
     folder = WORLDS[name]
     world = load_module(folder / "problems.py")
 
@@ -719,7 +712,7 @@ def report_quality(args, task, own):
     gen_length = task.gen_length
     batch = args.batch or (1 if args.model else 32)  # of a large model, memory may hold one
     settings = {"problems": len(task.problems), "response": gen_length}
-    settings["block length"] = block_length_of(gen_length)
+    settings["block length"] = paper_block_length(gen_length)
     if args.fresh is not None:
         settings["fresh, of seed"] = args.fresh
     ours = {"d2Cache": paper_settings(gen_length)["d2cache"]["policy"]}
@@ -741,7 +734,7 @@ def report_speed(args, name, model, prompt, gen_length, own):
         "prompt": prompt.shape[1],
         "response": gen_length,
         "batch": len(prompt),
-        "block length": block_length_of(gen_length),
+        "block length": paper_block_length(gen_length),
     }
     weight = model.wte.weight
     rates = machine_rates(weight.device, weight.dtype)
@@ -803,7 +796,7 @@ def reports(args):
     check(args)
     device = torch.device(args.device)
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # the one to wait for and to measure
+        torch.cuda.set_device(device)  # `timed` and the peak of memory are of the current one
     own = {}
     if args.policy:
         own[args.policy.partition(".py:")[2]] = load_policy(args.policy)

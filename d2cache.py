@@ -33,10 +33,10 @@ import torch.nn.functional as F
 def certainty_density(known, sigma, dtype=torch.float32):
     """Share of known positions around each one, in a Gaussian window of sigma positions.  Eq. 3.
 
-    D(i) = sum over known j of exp(-(i - j)^2 / (2 sigma^2)), divided by the window's sum over all
-    distances from -(T - 1) to T - 1: a constant, which brings it into [0, 1] and changes no
-    ranking. As in the paper j is any position of the canvas (in the authors' code, of the
-    response).  (B, T) bool -> (B, T) in [0, 1]
+    D(i) = sum over known j of exp(-(i - j)^2 / (2 sigma^2)), divided by that sum over all distances
+    from -(T - 1) to T - 1: a constant, which brings it into [0, 1] and changes no ranking. As in
+    the paper j is any position of the canvas (in the authors' code, of the response).
+    (B, T) bool -> (B, T) in [0, 1]
 
     For known 1 1 0 0 and sigma 1 the window is 1 at distance 0, then .607, .135 and .011 on either
     side, 2.506 in all. The third position has (.607 + .135) / 2.506 = .30, all four .64 .64 .30 .06
@@ -59,12 +59,12 @@ def certainty_prior(confidence, known, sigma):
 def attention_rollout(maps, positions, valid):
     """Influence of each position on the last layer's output: column sums of W_L ... W_1.  Eq. 6-9.
 
-    W_l = rownormalise(A_l + I). Row i of A_l is the attention of position i, if it was recomputed;
-    as that sums to 1, row i of W_l is half of it and half of the identity's. If not recomputed, row
-    i of W_l is that of the identity. The paper multiplies these T x T matrices. Their column sums
-    are all it needs, though: the row vector 1 W_L ... W_1. So start with v = 1 and multiply from
-    the left, v <- v W_l, from the last layer to the first. There a recomputed position i keeps half
-    of v_i and hands the other half to where it attends. Any other position keeps all of it.
+    W_l = rownormalise(A_l + I). Row i of A_l is the attention of position i, if it was recomputed.
+    It sums to 1, as row i of I does, so row i of W_l is the mean of the two. If it was not, row i
+    of W_l is that of I. The paper multiplies these T x T matrices. Their column sums are all it
+    needs, though: the row vector 1 W_L ... W_1. So start with v = 1 and multiply from the left,
+    v <- v W_l, from the last layer to the first. There a recomputed position i keeps half of v_i
+    and hands the other half to where it attends. Any other position keeps all of it.
 
     Three positions, the first and the last recomputed. Last layer's rows of A: (.5 .5 0) and
     (.25 .25 .5), first layer's: (.5 .25 .25) and (0 .5 .5). v is (1 1 1), then (.875 1.375 .75),
@@ -123,19 +123,20 @@ class State:
     """The canvas between two steps: all that a policy may look at. Tensors are (B, T).
 
     Steps count from 1; before the first, step is 0, nothing was decoded or recomputed yet, and
-    `fresh` and `chosen` mean nothing.
-    `density` and `block` are about the next step, the others about those done.
+    `fresh`, `chosen` and `predicted` mean nothing.
     """
 
+    # After the steps done:
     tokens: torch.Tensor  # [MASK] where masked, and wherever the prompt holds one
     known: torch.Tensor  # prompt or decoded, whatever the token is
     decoded_at: torch.Tensor  # the step that decoded it; 0: none, as of the prompt
     recomputed_at: torch.Tensor  # the last step that recomputed it; 0: none
     confidence: torch.Tensor  # of the token predicted last; decoded positions keep theirs. Eq. 1
     influence: torch.Tensor | None  # attention rollout of the last step; None if unused
+    step: int  # how many
+    # For the next one:
     density: torch.Tensor  # certainty density around it. Eq. 3
-    block: torch.Tensor  # being decoded: the first with a masked position; nothing if finished
-    step: int  # steps done
+    block: torch.Tensor  # to be decoded: the first with a masked position; nothing if finished
     padding: torch.Tensor | None = None  # before short prompts: neither known nor masked
 
     @property
@@ -145,8 +146,13 @@ class State:
 
     @property
     def chosen(self):
-        """Recomputed in the last step, for Dream with the rows that predict.  (B, T) bool"""
+        """Recomputed in the last step; for Dream, positions before predicted ones too.  (B, T)"""
         return self.recomputed_at == self.step
+
+    @property
+    def predicted(self):
+        """Recomputed in the last step, and masked before it.  (B, T) bool"""
+        return self.chosen & (self.masked | self.fresh)
 
     @property
     def masked(self):
@@ -157,10 +163,7 @@ class State:
 
     @property
     def block_starts(self):
-        """Sequences with no token of their block decoded yet.  (B, 1) bool
-
-        Finished ones have no block, so it is true for them; what is chosen there is ignored.
-        """
+        """Sequences with no token of their block decoded yet, and finished ones.  (B, 1) bool"""
         return ~(self.block & self.known).any(dim=1, keepdim=True)
 
 
@@ -181,10 +184,10 @@ class Policy:
         its block. The state is the policy's own copy.
         """
 
-    # It may have a forward pass of its own, which takes the place of `recompute` below:
+    # It may have a forward pass of its own, in the place of the function `recompute` below:
     #     def recompute(self, model, cache, state, positions, valid, R)
-    # One that does not recompute a position in all layers says so for bench.py in `recomputed`: a
-    # list, begun anew with every decode, of the share of the layers in each step, (B, T).
+    # If that leaves layers of a position out, bench.py counts the work by its list `recomputed`:
+    # for each step of the last decode the share of the layers, (B, T).
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,7 @@ class DelayedCache:
     """dKV-Cache-Decode, arXiv 2505.15781: every masked position, and the fresh ones.
 
     Everything in a block's first two steps, and whenever `interval` more of its tokens are decoded:
-    with interval 3 and a token a step, in steps 1, 2, 4, 7, 10 and so on of the block.
+    with interval 3 and a token a step, in the block's steps 1, 2, then 4, 7, 10 and so on.
     """
 
     interval: int = 8
@@ -260,7 +263,7 @@ class SlidingWindow:
 class D2Cache:
     """The paper's policy: k masked positions, a nucleus p of the known ones, and the fresh ones.
 
-    sigma: of the certainty density in stage 1; None: the one that the decode has anyway.
+    sigma: of the certainty density in stage 1, if it is to be another than that of the decode.
     """
 
     k: int = 32
@@ -301,7 +304,7 @@ def choose_positions(policy, state, shifted):
     """The positions recomputed in this step, and those of them predicted.  2 x (B, T) bool
 
     Predicted are the masked ones that the policy chose. With `shifted` logits, Dream's, the row
-    before each of them is recomputed too, as it makes the prediction: 5 predicted, 4 recomputed.
+    before each of them is recomputed too, as it makes the prediction: row 4 predicts position 5.
     """
     if state.step == 0:
         chosen = torch.ones_like(state.known)
@@ -320,7 +323,7 @@ def choose_positions(policy, state, shifted):
 
 
 def pack(chosen, predicted, Q):
-    """Chosen positions in Q rows for each sequence, the predicted ones first, in ascending order.
+    """Chosen positions in Q rows for each sequence: predicted ones first, both in ascending order.
 
     Chosen {1, 4, 6} and predicted {4, 6}: rows 4 6 1, of which the first two get logits. With
     Q = 5 the first is repeated, 4 6 1 4 4, in rows that are not valid: to compute a position twice
@@ -347,26 +350,20 @@ def recompute(policy, model, cache, state, positions, valid, R):
 
     -> logits (B, R, V'), and the influence (B, T), or None unless the policy uses attention
     """
-    logits, maps = one_pass(model, cache, state, positions, R, policy.uses_attention)
-    influence = attention_rollout(maps, positions, valid) if policy.uses_attention else None
-    return logits, influence
-
-
-def one_pass(model, cache, state, positions, R, return_attention):
-    """`recompute` up to the rollout: logits (B, R, V'); L maps (B, Q, T), if asked for."""
-    hidden, maps = model.hidden_states(
-        state.tokens, positions, cache, return_attention, state.padding
-    )
+    attention = policy.uses_attention
+    hidden, maps = model.hidden_states(state.tokens, positions, cache, attention, state.padding)
     predicting = hidden[:, :R]
     if model.config.shifted:
         predicting = rows_before(hidden, positions, R, state.tokens.shape[1])
-    return model.head(predicting), maps
+    influence = attention_rollout(maps, positions, valid) if attention else None
+    return model.head(predicting), influence
 
 
 def rows_before(hidden, positions, R, T):
     """Dream: the hidden states that predict the first R positions.  (B, Q, C) -> (B, R, C)
 
-    They stand in the row of position - 1, anywhere among the Q; position 0 is predicted by its own.
+    They stand in the row of the position before, somewhere among the Q: spread on a canvas it is
+    found by its position. Position 0 is predicted by its own row.
     """
     B, Q, C = hidden.shape
     sequences = torch.arange(B, device=hidden.device)[:, None]
@@ -396,10 +393,10 @@ def predict(logits, config, temperature=0.0, generator=None):
 
 def with_noise(logits, temperature, generator):
     """Scores whose arg-max is a draw from softmax(logits / temperature): Gumbel's, as LLaDA's."""
-    exact = torch.float64
-    if logits.device.type == "mps":
-        exact = torch.float32  # has no float64
-    noise = torch.empty_like(logits, dtype=exact).uniform_(generator=generator)
+    dtype = torch.float64
+    if logits.device.type == "mps":  # has no float64
+        dtype = torch.float32
+    noise = torch.empty_like(logits, dtype=dtype).uniform_(generator=generator)
     return logits - temperature * torch.log(-torch.log(noise))
 
 
@@ -431,12 +428,13 @@ def end_at_eos(state, config, prompt_length):
     ends = ends & (state.masked.cumsum(dim=1) == 0)  # everything up to here is decoded
     ends[:, :prompt_length] = False
     after_end = F.pad(ends.cumsum(dim=1)[:, :-1] > 0, (1, 0))
+    newly_known = after_end & state.masked
 
     return replace(
         state,
         tokens=state.tokens.masked_fill(after_end, config.eos_token_id),
         known=state.known | after_end,
-        decoded_at=state.decoded_at.masked_fill(after_end & state.masked, state.step),
+        decoded_at=state.decoded_at.masked_fill(newly_known, state.step),
     )
 
 
@@ -589,11 +587,6 @@ def decode(
 
         positions, valid = pack(chosen, predicted, Q)
         logits, influence = forward(model, cache, state, positions, valid, R)
-        if influence is None:
-            influence = state.influence
-        else:  # a finished sequence keeps its own
-            influence = influence.where(chosen.any(dim=1, keepdim=True), state.influence)
-
         probability, token = predict(logits, model.config, temperature, generator)
         confidence = unpack(probability, predicted).where(predicted, state.confidence)
         commit = unmask(state, predicted, confidence, by_prior, tokens_per_step, threshold)
@@ -625,8 +618,9 @@ def generate(model, prompt, gen_length, **arguments):
 def count_and_check(policy, state, chosen, predicted):
     """Q and R: the most positions that any sequence recomputes, and predicts, in this step.
 
-    The one transfer from device to host in a step, so two checks ride along, with ValueError: that
-    the last step's logits were finite (else its confidence is NaN), and the policy's contract.
+    The one transfer from device to host in a step, so two checks ride along, with ValueError:
+    finite, whether the last step's logits were (else its confidence is NaN), and lawful, whether
+    the policy keeps its contract.
     """
     finite = ~state.confidence.isnan().any()
     candidate = (predicted & state.block).any(dim=1)
@@ -665,10 +659,10 @@ def check_prompt(prompt, prompt_mask, gen_length, config):
 
     if prompt_mask is not None:
         right = f"should be ({len(prompt)}, {P}), in each row zeros (padding), then at least one 1"
-        require(torch.is_tensor(prompt_mask), f"prompt_mask is {kind_of(prompt_mask)}, {right}")
-        real = prompt_mask.bool()
-        padded_left = real.shape == prompt.shape and (real[:, 1:] >= real[:, :-1]).all()
         fault = f"prompt_mask is {kind_of(prompt_mask)}, {right}"
+        require(torch.is_tensor(prompt_mask) and prompt_mask.shape == prompt.shape, fault)
+        real = prompt_mask.bool()
+        padded_left = (real[:, 1:] >= real[:, :-1]).all()
         require(padded_left and real[:, -1:].all(), fault)
 
 
@@ -679,7 +673,7 @@ def check_whole(name, value):
 
 
 def check_sigma(sigma):
-    """ValueError unless sigma is wide enough to be a number of positions."""
+    """ValueError unless sigma is a number of positions; below 0.01 no neighbour would count."""
     number = isinstance(sigma, (int, float)) and sigma >= 0.01
     require(number, f"sigma is {sigma!r}, should be a number of positions, at least 0.01")
 
@@ -726,7 +720,7 @@ EXAMPLE = (  # a question of its world, for README.md and bench.py
     "Ben has 30 pens. On Monday Ben buys 5 pens at the shop. On Tuesday Ben loses 8 pens at the "
     "park. On Wednesday Ben wins 4 more pens at the school. How many pens does Ben have now?"
 )
-COLOURS = {  # of `roles` in a terminal; where a position has several, the last one shows
+COLOURS = {  # of `roles` in a terminal; later ones are painted over earlier ones
     "known": "97;44",
     "fresh": "97;41",
     "candidates": "30;43",
@@ -734,14 +728,18 @@ COLOURS = {  # of `roles` in a terminal; where a position has several, the last 
 }
 
 
+def paper_block_length(gen_length):
+    """The paper's 32 positions, or 16 for a response of less than 128; else the next divisor."""
+    longest = 32 if gen_length >= 128 else 16
+    return max(n for n in range(1, longest + 1) if gen_length % n == 0)
+
+
 def paper_settings(gen_length):
     """Arguments of `decode` for the policies that d2cache.py knows by name.
 
-    The paper's k and blocks, scaled down for short responses: k is an eighth of the response, and
-    blocks are the response's largest divisor up to 16, or from 128 tokens on up to 32.
+    The paper's k and blocks, scaled down for short responses: k is an eighth of the response.
     """
-    longest = 32 if gen_length >= 128 else 16
-    block_length = max(n for n in range(1, longest + 1) if gen_length % n == 0)
+    block_length = paper_block_length(gen_length)
     k = min(32, max(1, gen_length // 8))
     return {
         "vanilla": dict(policy=RecomputeAll()),
@@ -787,19 +785,18 @@ def roles(before, state):
 
     before       the state that the step started from, None for the first
     candidates   recomputed, and masked before the step
-    fresh        recomputed, and committed by the step before it
+    fresh        recomputed, and committed in the step before it
     known        recomputed, and known for longer than that
+    committed    in this step
     """
-    committed = state.fresh  # in this step; `before.fresh` are those of the step before it
-    candidates = state.chosen & (state.masked | committed)
-    fresh = torch.zeros_like(candidates)
+    fresh = torch.zeros_like(state.chosen)
     if before is not None:
         fresh = state.chosen & before.fresh
     return {
-        "known": state.chosen & ~candidates & ~fresh,
+        "known": state.chosen & ~state.predicted & ~fresh,
         "fresh": fresh,
-        "candidates": candidates,
-        "committed": committed,
+        "candidates": state.predicted,
+        "committed": state.fresh,
     }
 
 
@@ -854,7 +851,7 @@ def draw_screen(before, state, tokenizer, share):
     for name, code in COLOURS.items():
         screen += f"\033[{code}m{name}\033[0m "
     screen += "plain: from the cache"
-    return screen.replace("\n", "\033[K\n")  # nothing is left of a longer line
+    return screen.replace("\n", "\033[K\n")  # erases what is left of a longer line
 
 
 def run_program(parser, work):
@@ -866,7 +863,8 @@ def run_program(parser, work):
         work(args)
         print(end="", flush=True)  # a broken pipe shows here, not at exit
     except BrokenPipeError:  # who reads, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more at exit
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -884,7 +882,7 @@ def make_parser():
     add("--revision", help="of the hub's repository: branch, tag or commit")
     add("--dtype", choices=DTYPES, help="instead of the checkpoint's")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    add("--prompt", help="the user's text")
+    add("--prompt", help="the user's text (a question of the world)")
     add("--gen-length", type=int, help="tokens to decode (as many as the world wants)")
     policies = ", ".join(paper_settings(1))
     add("--policy", default="d2cache", help=f"{policies} or FILE.py:Name(k=8) (d2cache)")

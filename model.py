@@ -30,20 +30,20 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
 
-torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of rows, for 30 ms
+torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew, 30 ms, for every Q
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 MAP_ROWS = 512  # queries in a slice of the attention map
 
 
-# What config.json does not say of a layout: whether row i - 1 of the logits predicts position i;
-# biases of q, k and v; the mask where the tokenizer is silent.
+# The layouts implemented, by model_type: whether row i - 1 of the logits predicts position i;
+# whether q, k and v have biases, where config.json is silent; [MASK], where the tokenizer's is.
 Layout = namedtuple("Layout", "shifted qkv_bias mask_token")
-LAYOUTS = {  # those implemented, by model_type
-    "llada": Layout(False, False, "<|mdm_mask|>"),
-    "illada": Layout(False, False, "<[MASK]>"),
-    "a2d-qwen2": Layout(False, True, "<|mask|>"),
-    "Dream": Layout(True, True, "<|mask|>"),
+LAYOUTS = {
+    "llada": Layout(shifted=False, qkv_bias=False, mask_token="<|mdm_mask|>"),
+    "illada": Layout(shifted=False, qkv_bias=False, mask_token="<[MASK]>"),
+    "a2d-qwen2": Layout(shifted=False, qkv_bias=True, mask_token="<|mask|>"),
+    "Dream": Layout(shifted=True, qkv_bias=True, mask_token="<|mask|>"),
 }
 
 
@@ -104,7 +104,7 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
     def clear(self):
-        """Nothing is left of an earlier decode."""
+        """Nothing is left of an earlier decode: NaN in padding would outlive its weight of 0."""
         self.k.zero_()
         self.v.zero_()
 
@@ -113,7 +113,7 @@ class KVCache:
 
         rows: the pair of indices in k[layer][sequences, positions], (B, 1) and (B, Q).
         """
-        self.k[layer][rows] = k.to(self.k.dtype)  # they differ under torch.autocast alone
+        self.k[layer][rows] = k.to(self.k.dtype)  # under torch.autocast k is of another dtype
         self.v[layer][rows] = v.to(self.v.dtype)
         return self.k[layer], self.v[layer]
 
@@ -167,10 +167,9 @@ def attention_map(q, k, padding=None):
 
 
 class Layer(nn.Module):
-    """What comes before attention in a layer, and after it.
+    """All of a layer but attention, which needs the cache and stands in `hidden_states`.
 
-    Attention itself needs the cache, and stands in `hidden_states`. LLaDA's checkpoint calls a
-    layer a block; here a block is a stretch of text.
+    LLaDA's checkpoint calls a layer a block; here a block is a stretch of text.
     """
 
     def __init__(self, config):
@@ -204,7 +203,7 @@ class Layer(nn.Module):
         return q, k, v
 
     def forward(self, x, attended):
-        """x plus attention's result `attended`, (B, Q, H, D); plus the MLP.  (B, Q, C) -> same"""
+        """Add to x what attention gives, (B, Q, H, D), and then the MLP.  (B, Q, C) -> same"""
         x = x + self.attn_out(attended.flatten(2))  # (B, Q, H, D) -> (B, Q, C)
         return x + self.mlp(self.ff_norm(x))
 
@@ -298,7 +297,7 @@ class Transformer(nn.Module):
 
 # ---- Files ---------------------------------------------------------------------------------------
 
-OR_POINTER = ", or a pointer that `git lfs pull` replaces"
+OR_LFS_POINTER = ", or a pointer that `git lfs pull` replaces"
 
 
 def shown(value):
@@ -310,7 +309,7 @@ def shown(value):
 def checkpoint_folder(path_or_repo_id, revision=None):
     """The local folder of a checkpoint, downloaded from the hub if it is not one already."""
     name = str(path_or_repo_id)
-    if name and Path(name).is_dir():
+    if name and Path(name).is_dir():  # Path("") is the current folder
         local = f"revision is {revision!r}, but {name} is a local folder, which has none"
         require(revision is None, local)
         return Path(name)
@@ -319,7 +318,7 @@ def checkpoint_folder(path_or_repo_id, revision=None):
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # errors of the hub, its cache and HTTP share no base class
-        # The first line is a number of HTTP, the reason (gated? missing?) stands below.
+        # The first line is a status of HTTP, the reason (gated? missing?) stands below.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"the hub does not give it: {' '.join(lines[:4])[:500]}"
         raise ValueError(f"{name!r} is no local folder, and {reason}") from error
@@ -330,7 +329,7 @@ def read_json(file):
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: no readable JSON{OR_POINTER} ({error})") from error
+        raise ValueError(f"{file}: no readable JSON{OR_LFS_POINTER} ({error})") from error
     require(isinstance(values, dict), f"{file}: holds {type(values)}, should hold a JSON object")
     return values
 
@@ -349,7 +348,7 @@ LLADA_TEMPLATE = (
 )
 CHATML_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 CHATML_TEMPLATE = CHATML_SYSTEM + "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-CONTROL = re.compile(r"(<\|\w+\|>)")
+CONTROL = re.compile(r"(<\|\w+\|>)")  # a group, so that split keeps them
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # models write them before the end of sequence
 
 # How Qwen2, and so Dream, cuts a text into words.
@@ -357,6 +356,7 @@ QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Of an added token of which only the id is known.
 PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
@@ -387,11 +387,11 @@ def read_tokenizer(folder):
     except BaseException as error:  # a panic of the library, which is in Rust, is no Exception
         raise ValueError(f"{folder}: no readable tokenizer ({str(error)[:500]})") from error
 
-    tokenizer.no_truncation()  # a file saved for training may have both on
+    tokenizer.no_truncation()  # a file saved for training may truncate and pad
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # as text: a user cannot write control tokens
 
-    # The library ignores the ids that the file gives to added tokens, and counts on instead.
+    # The library numbers added tokens from the vocabulary's end on, whatever ids the file gives.
     added = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
     wrong = [token for token, id in added.items() if tokenizer.token_to_id(token) != id]
     require(not wrong, f"{folder}: the ids of {shown(wrong)} should follow the vocabulary's")
@@ -399,7 +399,7 @@ def read_tokenizer(folder):
 
 
 def qwen2_tokenizer(folder):
-    """What tokenizer.json would hold, of a folder that has Qwen2's files instead, as Dream's."""
+    """What tokenizer.json would hold, from the vocab.json and merges.txt that Dream has instead."""
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
     into_words = {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}}
@@ -447,8 +447,8 @@ def encode_prompt(tokenizer, text):
     """A user's text, in the chat template if there is one.  -> (1, P) ids, or ValueError
 
     Only the template's own control tokens become control ids. Those that the text spells out stay
-    text, as `load_tokenizer` sees to; with another tokenizer they are refused. A tokenizer cuts at
-    control tokens first, so all ids are those of the whole template.
+    text, as `load_tokenizer` sees to; with another tokenizer they are refused. Piece by piece gives
+    the ids of the whole, as a tokenizer cuts at control tokens first.
     """
     template = template_of(tokenizer) or "{text}"
     if template == LLADA_TEMPLATE:
@@ -514,14 +514,15 @@ FREE = """
     tokenizer_class torch_dtype transformers_version unsloth_fixed unsloth_version use_cache
 """.split()
 
-# LLaDA's names are ours. The same in the layout of Hugging Face's Llama, which Dream follows:
+# Our fields have LLaDA's names. Their names in the layout of Hugging Face's Llama, which Dream
+# follows: its vocab_size counts the rows of the embedding, so both of our sizes are read from it.
 HF_KEYS = dict(
     d_model="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
     n_kv_heads="num_key_value_heads", mlp_hidden_size="intermediate_size",
     embedding_size="vocab_size", max_sequence_length="max_position_embeddings",
     include_qkv_bias="attention_bias", weight_tying="tie_word_embeddings",
 )  # fmt: skip
-TENSOR_NAMES = {  # parts of them, replaced in this order
+TENSOR_NAMES = {  # part of a name in the files: what takes its place, in this order
     "model.transformer.": "", "model.embed_tokens.": "wte.", "model.layers.": "blocks.",
     "model.norm.": "ln_f.", "lm_head.": "ff_out.", "input_layernorm.": "attn_norm.",
     "post_attention_layernorm.": "ff_norm.", "self_attn.o_proj.": "attn_out.", "self_attn.": "",
@@ -539,8 +540,8 @@ def require_a_transformer(config):
         kinds = (int, float) if field.type is float else (field.type,)
         require(type(value) in kinds, f"{name}, should be {field.type.__name__}")
         if field.type in (int, float):
-            size = field.type is int and not field.name.endswith("_id")
-            least = 1 if size else 0
+            is_size = field.type is int and not field.name.endswith("_id")
+            least = 1 if is_size else 0
             require(least <= value < 2**63, f"{name}, should be from {least} to 2**63")
     require_known(config.model_type)
 
@@ -594,14 +595,13 @@ def read_config(path):
         ours.setdefault("mask_token_id", ids[mask])
     ends = listed_ends(path, values)
     if ends:
-        ours["eos_token_id"] = ends[0]
+        ours["eos_token_id"] = ends[0]  # config.json's first
     config = make_config(path, ours, keys)
 
     fixed = FIXED | {"head_dim": config.head_dim, "attention_bias": layout.qkv_bias}
     refuse_other_computations(path, values, fixed, read=keys.values())
 
-    # The embedding may have rows without a token, and not every id has a row. The first end is the
-    # config's own.
+    # The embedding may have rows without a token, and not every id has a row.
     vocab_size = min(config.vocab_size, 1 + max(ids.values(), default=config.vocab_size))
     ends += [ids[token] for token in END_OF_TURN if token in ids]
     others = dict.fromkeys(id for id in ends if id < config.embedding_size)
@@ -610,7 +610,7 @@ def read_config(path):
 
 
 def plain_values(path):
-    """What a config.json says, without nulls; the rotary embedding's own object is flattened."""
+    """What a config.json says, without nulls; keys of the two rope objects join the others."""
     values = without_nulls(read_json(path))
     for group in ("rope_scaling", "rope_parameters"):
         inner = values.pop(group, None) or {}
@@ -644,7 +644,7 @@ def refuse_other_computations(path, values, fixed, read):
             continue
         else:
             unknown = f"{path}: {key[:100]} is {shown(value)}, and nothing here knows what it asks"
-            require(not value, unknown)
+            require(not value, unknown)  # null, false, zero or empty asks for nothing
 
 
 def make_config(path, ours, keys):
@@ -710,19 +710,19 @@ def shards(folder):
 
 
 def map_tensors(folder):
-    """{our name: tensor} of a checkpoint, mapped from its files: a weight is read when used."""
+    """{our name: tensor} of a checkpoint. load_file maps a file: a weight is read when used."""
     found = {}
     for file in shards(folder):
         try:
             stored = load_file(file)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: missing or corrupt{OR_POINTER} ({error})") from error
+            raise ValueError(f"{file}: missing or corrupt{OR_LFS_POINTER} ({error})") from error
 
         for name, tensor in stored.items():
             if name.rpartition(".")[2] in TABLES:
                 continue
-            no_float = f"{file}: {shown(name)} is {tensor.dtype}, should be one of {list(DTYPES)}"
-            require(tensor.dtype in DTYPES.values(), no_float)
+            no_dtype = f"{file}: {shown(name)} is {tensor.dtype}, should be one of {list(DTYPES)}"
+            require(tensor.dtype in DTYPES.values(), no_dtype)
             ours = name
             for theirs, part in TENSOR_NAMES.items():
                 ours = ours.replace(theirs, part)
@@ -732,16 +732,19 @@ def map_tensors(folder):
     return found
 
 
-def require_layers_and_head(folder, config, tensors):
-    """ValueError unless the files hold the layers and the head that config.json tells of.
+def require_layers(folder, config, tensors):
+    """ValueError unless config.json counts the layers that the files hold.
 
-    Of a head that is the embedding, a second copy is taken out.
+    A damaged one may ask for so many that they could not even be built.
     """
-    # A damaged config may ask for so many layers that they could not even be built.
     layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     other = f"{folder}: config.json counts {config.n_layers} layers, the files hold {layers}"
     require(config.n_layers == layers, other)
-    if config.weight_tying and "ff_out.weight" in tensors:
+
+
+def drop_tied_head(folder, tensors):
+    """Of a head that is the embedding, a second copy is taken out; ValueError if it is another."""
+    if "ff_out.weight" in tensors:
         head = tensors.pop("ff_out.weight")
         embedding = tensors.setdefault("wte.weight", head)  # some files hold the head alone
         tied = f"{folder}: config.json says that the head is the embedding, the files hold another"
@@ -770,7 +773,9 @@ def load_model(path_or_repo_id, device, dtype, revision):
         dtype = next(iter(tensors.values())).dtype
         require_device(device, dtype)
 
-    require_layers_and_head(folder, config, tensors)
+    require_layers(folder, config, tensors)
+    if config.weight_tying:
+        drop_tied_head(folder, tensors)
     try:
         with torch.device("meta"):
             model = Transformer(config)

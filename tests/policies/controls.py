@@ -1,7 +1,7 @@
 """Controls: d2Cache with a part replaced or left out. bench.py has a row for each."""
 
 import torch
-from d2cache import D2Cache, highest, one_pass
+from d2cache import D2Cache, highest, rows_before
 from oldest_first import OldestFirst
 
 
@@ -32,8 +32,11 @@ class LastLayer(D2Cache):
     """Stage 2 takes a nucleus of the last layer's attention, its column sums: no rollout."""
 
     def recompute(self, model, cache, state, positions, valid, R):
-        logits, maps = one_pass(model, cache, state, positions, R, return_attention=True)
-        return logits, (maps[-1] * valid[..., None]).sum(dim=1)
+        hidden, maps = model.hidden_states(state.tokens, positions, cache, True, state.padding)
+        predicting = hidden[:, :R]
+        if model.config.shifted:
+            predicting = rows_before(hidden, positions, R, state.tokens.shape[1])
+        return model.head(predicting), (maps[-1] * valid[..., None]).sum(dim=1)
 
 
 class WithoutStage2(D2Cache):

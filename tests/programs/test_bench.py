@@ -154,7 +154,7 @@ def test_work_is_counted_per_sequence_in_its_own_steps_and_without_padding():
     padding = masks("0000", "1000")
     steps = [masks("1111", "0111"), masks("0011", "0001"), masks("1000", "0000")]
     states = [SimpleNamespace(chosen=chosen, padding=padding) for chosen in steps]
-    forwards, shares = bench.work_done(states, RecomputeAll())
+    forwards, shares = bench.work_done(RecomputeAll(), states)
     assert forwards.tolist() == [3, 2]
     assert shares.tolist() == pytest.approx([7 / 12, 4 / 6])
 
@@ -165,14 +165,10 @@ def test_a_policy_with_a_forward_pass_of_its_own_says_what_that_recomputed():
         choose=lambda state: masks("0011"),
     )
     states = [
-        SimpleNamespace(
-            chosen=masks("1111"), masked=masks("0011"), fresh=masks("0100"), padding=None
-        ),
-        SimpleNamespace(
-            chosen=masks("0111"), masked=masks("0001"), fresh=masks("0010"), padding=None
-        ),
+        SimpleNamespace(chosen=masks("1111"), predicted=masks("0111"), padding=None),
+        SimpleNamespace(chosen=masks("0111"), predicted=masks("0011"), padding=None),
     ]
-    assert bench.work_done(states, guest)[1].tolist() == [4 / 8]
+    assert bench.work_done(guest, states)[1].tolist() == [4 / 8]
     assert bench.row_counts(guest, states) == [(3.5, 3), (0.5, 2)]
 
 
@@ -407,7 +403,7 @@ def test_vanilla_is_timed_by_its_first_steps_and_the_others_by_whole_decodes():
     assert len(timing.runs) == 3
     assert all(0.005 <= seconds < 0.1 for seconds in timing.runs) and timing.peak is None
     states = list(decode(model, PROMPT, 12, **row.arguments))
-    assert timing.share == pytest.approx(bench.work_done(states, Slow())[1].item())
+    assert timing.share == pytest.approx(bench.work_done(Slow(), states)[1].item())
     vanilla = bench.time_row(
         model, PROMPT, 12, Row("vanilla", "prior", {"policy": RecomputeAll()}, True), False, rates
     )
