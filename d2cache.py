@@ -729,7 +729,7 @@ COLOURS = {  # of `roles` in a terminal; later ones are painted over earlier one
 
 
 def paper_block_length(gen_length):
-    """The paper's 32 positions, or 16 for a response of less than 128; else the next divisor."""
+    """The paper's 32 positions, 16 for a response of less than 128; or the next lower divisor."""
     longest = 32 if gen_length >= 128 else 16
     return max(n for n in range(1, longest + 1) if gen_length % n == 0)
 

@@ -169,3 +169,19 @@ def test_the_board_ranks_every_policy_and_ones_own(monkeypatch, capsys):
     assert ranks == sorted(ranks, reverse=True)
     assert sum(row.startswith(own) for row in rows) == 2  # by prior and in blocks
     assert len(rows) == len(board.plan(48, {own: None})) - 2  # but the exact ones
+
+
+def test_the_mean_of_the_worlds_counts_and_exact_decoding_has_no_rank():
+    def row(policy, *cells):
+        columns = ("policy", "order", "exact match", "same text", "reused", "same x reused")
+        return dict(zip(columns, (policy, "prior", *cells)))
+
+    exact = row("vanilla", 1.0, None, 0.0, None)
+    tables = {
+        "tiny": [exact, row("a", 1.0, 0.5, 0.8, 0.4), row("b", 0.5, 1.0, 0.5, 0.5)],
+        "diary": [exact, row("a", 0.0, 1.0, 0.5, 0.5), row("b", 0.5, 0.25, 0.4, 0.1)],
+    }
+    first, second = board.side_by_side(tables)
+    assert (first["policy"], first["same x reused"]) == ("a", 0.45)
+    assert (second["policy"], second["same x reused"]) == ("b", 0.3)
+    assert (first["tiny solved"], first["diary same"], first["diary reused"]) == (1.0, 1.0, 0.5)

@@ -29,6 +29,7 @@ from d2cache import (
     draw_screen,
     generate,
     load_module,
+    paper_block_length,
     paper_settings,
     paper_sigma,
     places,
@@ -136,6 +137,11 @@ def test_the_papers_settings_fit_every_length(gen_length):
         assert gen_length % block_length == 0, name
         assert block_length <= 32 or "block_length" not in arguments
         assert name != "d2cache" or arguments["policy"].k <= max(1, gen_length // 8)
+
+
+@pytest.mark.parametrize("gen_length, blocks", [(256, 32), (128, 32), (64, 16), (36, 12), (127, 1)])
+def test_blocks_are_the_papers_or_the_next_lower_divisor(gen_length, blocks):
+    assert paper_block_length(gen_length) == blocks
 
 
 def test_the_python_of_the_readme_runs_and_answers_as_the_program_does(command):
