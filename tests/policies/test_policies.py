@@ -4,10 +4,11 @@ That they keep the contract is tried with that of all others: they are in strate
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from d2cache import WORLDS, D2Cache, SlidingWindow, State, decode, nucleus
+from d2cache import WORLDS, D2Cache, SlidingWindow, State, decode, generate, nucleus
 from model import KVCache
 
 import board
@@ -151,6 +152,14 @@ def test_the_last_layers_influence_is_what_its_recomputed_rows_attend_to():
     _, influence = policy.recompute(model, cache, state, positions, valid, 1)
     _, maps = model.hidden_states(state.tokens, return_attention=True)
     torch.testing.assert_close(influence, maps[-1][:, [4, 6]].sum(dim=1))
+
+
+def test_the_last_layers_pass_predicts_what_any_other_does():
+    """Of Dream too, whose row before makes the prediction."""
+    model = replace(SPEC, dream=True).build()
+    prompt = torch.tensor([[1, 2, 3]])
+    whole = controls.LastLayer(k=12, p=1)
+    assert torch.equal(generate(model, prompt, 8, policy=whole), generate(model, prompt, 8))
 
 
 # ---- The board
