@@ -65,12 +65,13 @@ CPU_RACE = Race(CPU_SHAPE, torch.float32, prompts=(384,), gen_length=64, batch=2
 # Columns printed in %, by their last word; two of them are the leaderboard's.
 SHARES = ["match", "pass@1", "strict", "text", "reused", "solved", "same"]
 EXPLAINED = {  # under the title of a table
-    "quality": "only it, only exact: solved by this row alone, or by exact decoding (vanilla) in "
-    "the same order alone; same text: as exact decoding writes;\n"
-    f"same x reused: ranks policies; prior, from {THRESHOLD}: also commits all that is so sure",
-    "speed": f"medians of the runs, of vanilla's first {VANILLA_STEPS} steps; "
+    "quality": "beside exact decoding (vanilla) in the same order: problems that only it solves, "
+    "or only exact decoding; share of texts that are the same;\n"
+    "same x reused: their product, to rank policies by; "
+    f"prior, from {THRESHOLD}: commits all predictions so sure, too",
+    "speed": f"medians of the runs (of vanilla only the first {VANILLA_STEPS} steps); "
     "floor: reading all weights, or above `ridge rows` the arithmetic;\n"
-    "at best: the speed-up of a step at its floor",
+    "at best: the speed-up if a step took its floor",
 }
 
 

@@ -129,14 +129,14 @@ class State:
     # After the steps done:
     tokens: torch.Tensor  # [MASK] where masked, and wherever the prompt holds one
     known: torch.Tensor  # prompt or decoded, whatever the token is
-    decoded_at: torch.Tensor  # the step that decoded it; 0: none, as of the prompt
+    decoded_at: torch.Tensor  # the step that decoded it; 0 where masked, and in the prompt
     recomputed_at: torch.Tensor  # the last step that recomputed it; 0: none
     confidence: torch.Tensor  # of the token predicted last; decoded positions keep theirs. Eq. 1
     influence: torch.Tensor | None  # attention rollout of the last step; None if unused
-    step: int  # how many
+    step: int  # the number of them
     # For the next one:
     density: torch.Tensor  # certainty density around it. Eq. 3
-    block: torch.Tensor  # to be decoded: the first with a masked position; nothing if finished
+    block: torch.Tensor  # in the first block that has a masked position; nothing if finished
     padding: torch.Tensor | None = None  # before short prompts: neither known nor masked
 
     @property
@@ -175,7 +175,7 @@ class Policy:
     padding or in a finished sequence. Its answer depends on the state alone.
     """
 
-    uses_attention = False  # whether it looks at state.influence, which takes time; else it is None
+    uses_attention = False  # whether it reads state.influence, which takes time; else that is None
 
     def choose(self, state):
         """The positions to recompute, (B, T) bool, on the state's device.

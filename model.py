@@ -10,7 +10,7 @@ LLaDA: arXiv 2502.09992, Dream: 2508.15487. Index order is always batch, positio
     T  positions, prompt and response  G  key/value heads (G divides H)
     Q  positions recomputed, Q <= T    D  channels per head
     L  layers                          C  residual channels, H * D
-    V  vocabulary
+    V  vocabulary                      V' rows of the embedding, V' >= V
 """
 
 import json
@@ -233,7 +233,7 @@ class Transformer(nn.Module):
         self.wte.weight = nn.Parameter(head.weight.detach().clone())
 
     def forward(self, tokens, positions=None, cache=None, return_attention=False, padding=None):
-        """Logits of the recomputed positions, (B, Q, V'); V' is config.embedding_size.
+        """Logits of the recomputed positions, (B, Q, V').
 
         tokens     (B, T) integers
         positions  (B, Q) integers, which may repeat: recompute these (None: all). They attend to

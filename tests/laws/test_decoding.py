@@ -310,8 +310,8 @@ def test_policies_keep_their_contract_on_any_state(name, state, data):
 
 
 CHANGES_ITS_MIND = (
-    "answers otherwise when it is asked again about the same state: its answer should hang on the "
-    "state alone, where state.step counts the steps"
+    "answers otherwise when it is asked again about the same state: its answer should depend on "
+    "the state alone, where state.step counts the steps"
 )
 
 

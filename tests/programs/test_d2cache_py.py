@@ -151,6 +151,15 @@ def test_the_python_of_the_readme_runs_and_answers_as_the_program_does(command):
     assert result.stdout == program.out, result.stderr
 
 
+def test_the_policy_of_the_readme_decodes(command, tmp_path):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "recent.py").write_text(code)
+    policy = f"{tmp_path / 'recent.py'}:Recent(n={{}})"
+    forgetful, whole = (command("--policy", policy.format(n)) for n in (1, 99))
+    assert whole.out == command("--policy", "vanilla").out != ""
+    assert "100.0% of positions" in whole.err and "100.0% of positions" not in forgetful.err
+
+
 # ---- The trace -----------------------------------------------------------------------------------
 
 
