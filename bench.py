@@ -812,11 +812,11 @@ def reports(args):
 
 def run_record(args):
     """How the numbers came about. Where there is no git or no driver, why not."""
-    git = f'git --git-dir="{ROOT}/.git" --work-tree="{ROOT}"'
+    git = f'git --git-dir="{ROOT}/.git" --work-tree="{ROOT}" describe "--exclude=*"'
     nvidia = "nvidia-smi --query-gpu=driver_version"
     return {
         "arguments": vars(args),
-        "commit": subprocess.getoutput(f"{git} describe --always --dirty --abbrev=40"),
+        "commit": subprocess.getoutput(f"{git} --always --dirty --abbrev=40"),
         "torch": torch.__version__,
         "driver": subprocess.getoutput(f"{nvidia} --format=csv,noheader"),
         "device": device_name(args.device),
