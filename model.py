@@ -582,24 +582,25 @@ def read_config(path):
     require_known(model_type, where=f"{path}: ")
     layout = LAYOUTS[model_type]
 
-    keys = {f.name: f.name for f in fields(Config) if f.name != "other_end_ids"}
+    # The key under which this file has a field of Config.
+    key_of = {f.name: f.name for f in fields(Config) if f.name != "other_end_ids"}
     if "hidden_size" in values:
-        keys |= HF_KEYS
+        key_of |= HF_KEYS
         values.setdefault("attention_bias", layout.qkv_bias)
-    ours = {name: values[key] for name, key in keys.items() if key in values}
+    given = {name: values[key] for name, key in key_of.items() if key in values}
 
     tokenizer = read_tokenizer(path.parent)
     ids = {} if tokenizer is None else tokenizer.get_vocab()
     mask = mask_token(path.parent) or layout.mask_token
     if mask in ids:
-        ours.setdefault("mask_token_id", ids[mask])
+        given.setdefault("mask_token_id", ids[mask])
     ends = listed_ends(path, values)
     if ends:
-        ours["eos_token_id"] = ends[0]  # config.json's first
-    config = make_config(path, ours, keys)
+        given["eos_token_id"] = ends[0]  # config.json's first
+    config = make_config(path, given, key_of)
 
     fixed = FIXED | {"head_dim": config.head_dim, "attention_bias": layout.qkv_bias}
-    refuse_other_computations(path, values, fixed, read=keys.values())
+    refuse_other_computations(path, values, fixed, read=key_of.values())
 
     # The embedding may have rows without a token, and not every id has a row.
     vocab_size = min(config.vocab_size, 1 + max(ids.values(), default=config.vocab_size))
@@ -647,16 +648,16 @@ def refuse_other_computations(path, values, fixed, read):
             require(not value, unknown)  # null, false, zero or empty asks for nothing
 
 
-def make_config(path, ours, keys):
-    """Config(**ours). keys, {our field: its name in the file}, is for the words of errors."""
+def make_config(path, given, key_of):
+    """Config(**given). An error names a field by its key in the file, key_of[field]."""
     needed = [f.name for f in fields(Config) if f.default is MISSING]
-    missing = dict.fromkeys(keys[name] for name in needed if name not in ours)
+    missing = dict.fromkeys(key_of[name] for name in needed if name not in given)
     require(not missing, f"{path}: missing keys {list(missing)}")
     try:
-        return Config(**ours)
+        return Config(**given)
     except ValueError as error:
         message = str(error)
-        for name, key in keys.items():
+        for name, key in key_of.items():
             message = message.replace(name, key)
         raise ValueError(f"{path}: {message}") from error
 
