@@ -423,8 +423,8 @@ def ridge_rows(element_size, rates):
 def row_counts(policy, states):
     """(rows through the layers, rows through the head) of every step, in all sequences.
 
-    (For Dream some of those predicted were only chosen as the row before: the floor is a little
-    high.)
+    Through the head go those predicted. Of Dream a few of them were chosen only as the row before
+    another, and did not: its floor is a little high.
     """
     counts = []
     for step, state in enumerate(states):
@@ -580,6 +580,8 @@ class CudaGraphs:
         for own, value in zip(own_inputs, inputs):
             own.copy_(value)
         graph.replay()
+        if influence is not None:
+            influence = influence.clone()  # a state keeps it, and the next replay overwrites it
         return logits[:, :R], influence
 
     def drop_graphs(self, model, cache):
@@ -610,7 +612,7 @@ class CudaGraphs:
     def graph_of(self, run):
         """A graph of what run() launches, and the tensors in which a replay leaves its results."""
         graph = torch.cuda.CUDAGraph()
-        # Sharing memory is safe: the results of one graph are read before the next is replayed.
+        # Sharing memory is safe: the results of one graph are read, or copied, before the next.
         device = self.model.wte.weight.device
         with torch.cuda.device(device), sdpa_kernel(FASTEST_FIRST, set_priority=True):
             run()  # what kernels do when they are first used cannot be captured

@@ -126,15 +126,15 @@ class State:
     `fresh`, `chosen` and `predicted` mean nothing.
     """
 
-    # After the steps done:
+    # After the last step:
     tokens: torch.Tensor  # [MASK] where masked, and wherever the prompt holds one
     known: torch.Tensor  # prompt or decoded, whatever the token is
     decoded_at: torch.Tensor  # the step that decoded it; 0 where masked, and in the prompt
     recomputed_at: torch.Tensor  # the last step that recomputed it; 0: none
     confidence: torch.Tensor  # of the token predicted last; decoded positions keep theirs. Eq. 1
     influence: torch.Tensor | None  # attention rollout of the last step; None if unused
-    step: int  # the number of them
-    # For the next one:
+    step: int  # how many steps were done
+    # For the next step:
     density: torch.Tensor  # certainty density around it. Eq. 3
     block: torch.Tensor  # in the first block that has a masked position; nothing if finished
     padding: torch.Tensor | None = None  # before short prompts: neither known nor masked

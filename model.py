@@ -722,8 +722,8 @@ def map_tensors(folder):
         for name, tensor in stored.items():
             if name.rpartition(".")[2] in TABLES:
                 continue
-            no_dtype = f"{file}: {shown(name)} is {tensor.dtype}, should be one of {list(DTYPES)}"
-            require(tensor.dtype in DTYPES.values(), no_dtype)
+            fault = f"{file}: {shown(name)} is {tensor.dtype}, should be one of {list(DTYPES)}"
+            require(tensor.dtype in DTYPES.values(), fault)
             ours = name
             for theirs, part in TENSOR_NAMES.items():
                 ours = ours.replace(theirs, part)

@@ -64,6 +64,15 @@ def test_replays_decode_what_separate_launches_decode(name, spec, bucket, temper
         assert graphs.cache is cache
 
 
+def test_states_of_a_replayed_decode_keep_their_influence():
+    """A replay leaves its results where the one before it left its own."""
+    model = ModelSpec(**SPEC, seed=0).build()
+    policy = D2Cache(k=3, p=0.2)
+    replayed = list(decode(model, PROMPT, 12, policy=Replays(policy, bucket=16)))
+    for ours, theirs in zip(replayed, decode(model, PROMPT, 12, policy=policy), strict=True):
+        torch.testing.assert_close(ours.influence, theirs.influence)
+
+
 def test_graphs_of_padded_and_of_whole_prompts_are_kept_apart():
     model = ModelSpec(2, 2, 2, 4, vocab_size=12, seed=0).build()
     graphs, prompt = Replays(RecomputeAll()), torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
